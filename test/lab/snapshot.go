@@ -1,0 +1,160 @@
+package lab
+
+import (
+	"fmt"
+	"os"
+	"regexp"
+	"slices"
+	"strings"
+)
+
+// Snapshot describes the node's links, addresses, routes and firewall: two nodes
+// with the same snapshot are the same to a packet. What tells nothing is left out:
+// counters, times, comments, the numbers of links, hardware addresses, and tables
+// in which there is nothing but the kernel's own chains.
+func (l *Lab) Snapshot() (string, error) {
+	var s strings.Builder
+	section := func(title, text string) {
+		fmt.Fprintf(&s, "== %s\n%s", title, text)
+		if text != "" && !strings.HasSuffix(text, "\n") {
+			fmt.Fprintln(&s)
+		}
+	}
+	for _, c := range []struct {
+		command   string
+		normalise func(string) string
+	}{
+		{"ip -d addr", plainLinks},
+		{"ip route show table all", plainRoutes},
+		{"ip -6 route show table all", plainRoutes},
+		{"ip rule", nil},
+		{"ip -6 rule", nil},
+		{"iptables-legacy-save", plainIptables},
+		{"ip6tables-legacy-save", plainIptables},
+		// What iptables-nft wrote stands in here too.
+		{"nft list ruleset", plainNftables},
+	} {
+		words := strings.Fields(c.command)
+		out, err := l.Node.Run(words[0], words[1:]...)
+		if err != nil {
+			return "", err
+		}
+		if c.normalise != nil {
+			out = c.normalise(out)
+		}
+		section(c.command, out)
+	}
+	// The lists of the recent match go with the last rule that uses them.
+	err := l.Node.Do(func() error {
+		for _, dir := range []string{"xt_recent", "ip6t_recent"} {
+			// Not /proc/net: that is the main thread's namespace.
+			entries, err := os.ReadDir("/proc/thread-self/net/" + dir)
+			if os.IsNotExist(err) {
+				continue
+			}
+			if err != nil {
+				return err
+			}
+			for _, e := range entries {
+				section(dir, e.Name())
+			}
+		}
+		return nil
+	})
+	return s.String(), err
+}
+
+var (
+	linkNumber = regexp.MustCompile(`(?m)^\d+: `)
+	peerNumber = regexp.MustCompile(`@if\d+`)
+	hardware   = regexp.MustCompile(`link/ether [0-9a-f:]+`)
+)
+
+func plainLinks(text string) string {
+	text = linkNumber.ReplaceAllString(text, "N: ")
+	text = peerNumber.ReplaceAllString(text, "@ifN")
+	return hardware.ReplaceAllString(text, "link/ether XX")
+}
+
+// plainRoutes sorts: where an address has been removed and added again, its routes
+// come last.
+func plainRoutes(text string) string {
+	lines := strings.Split(strings.TrimSpace(text), "\n")
+	for i := range lines {
+		lines[i] = strings.TrimSpace(lines[i])
+	}
+	slices.Sort(lines)
+	return strings.Join(lines, "\n")
+}
+
+var chainCounters = regexp.MustCompile(`\[\d+:\d+\]`)
+
+// plainIptables takes the output of iptables-save.
+func plainIptables(text string) string {
+	var out, table []string
+	content := false
+	for line := range strings.Lines(text) {
+		line = strings.TrimSpace(chainCounters.ReplaceAllString(line, "[0:0]"))
+		switch {
+		case line == "", strings.HasPrefix(line, "#"):
+			continue
+		case strings.HasPrefix(line, "*"):
+			table, content = nil, false
+		case strings.HasPrefix(line, ":"):
+			content = content || !strings.HasSuffix(line, " ACCEPT [0:0]")
+		case line != "COMMIT":
+			content = true
+		}
+		table = append(table, line)
+		if line == "COMMIT" && content {
+			out = append(out, table...)
+		}
+	}
+	return strings.Join(out, "\n")
+}
+
+var (
+	ruleCounters = regexp.MustCompile(`packets \d+ bytes \d+`)
+	expiry       = regexp.MustCompile(` expires \S+`)
+)
+
+// plainNftables takes the output of nft list ruleset. The chains and the tables that
+// iptables-nft makes for the kernel's hooks stay when they are empty, as the chains
+// of iptables-legacy do.
+func plainNftables(text string) string {
+	text = ruleCounters.ReplaceAllString(text, "packets 0 bytes 0")
+	text = expiry.ReplaceAllString(text, "")
+	var out []string
+	var table, chain []string // the lines of those that are open
+	content := false          // something other than an empty hook is in table
+	for line := range strings.Lines(text) {
+		line = strings.TrimRight(line, "\n")
+		word := strings.TrimSpace(line)
+		switch {
+		case word == "", strings.HasPrefix(word, "#"):
+		case chain != nil:
+			chain = append(chain, line)
+			if word != "}" || strings.HasPrefix(line, "\t\t") {
+				continue
+			}
+			hook := len(chain) == 3 && strings.HasPrefix(strings.TrimSpace(chain[1]), "type ") &&
+				strings.HasSuffix(chain[1], "policy accept;")
+			if !hook {
+				table, content = append(table, chain...), true
+			}
+			chain = nil
+		case table == nil:
+			table, content = []string{line}, !strings.HasPrefix(word, "table ip ") && !strings.HasPrefix(word, "table ip6 ")
+		case line == "}":
+			if content {
+				out = append(append(out, table...), line)
+			}
+			table = nil
+		case strings.HasPrefix(word, "chain "):
+			chain = []string{line}
+		default:
+			table, content = append(table, line), true
+		}
+	}
+	return strings.Join(out, "\n")
+}
