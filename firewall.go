@@ -1,0 +1,75 @@
+package nodecache
+
+import (
+	"fmt"
+	"net/netip"
+	"os/exec"
+)
+
+// firewall keeps DNS to endpoints out of connection tracking: the queries that
+// come from elsewhere, the answers, and the queries of the node's own programs.
+type firewall interface {
+	// ensure makes the rules for exactly es stand, in place of what this backend
+	// has made before, and returns how many were missing. Nothing is left of it
+	// where es is empty.
+	ensure(es []endpoint) (missing int, err error)
+	// serve is told that this process listens on es, which ensure has seen.
+	serve(es []endpoint)
+	// leave sends new UDP queries to es the way they would go without us, at
+	// once; what is under way (answers, TCP connections) stays out of connection
+	// tracking, or late answers would be tracked and catch their client's next
+	// queries. The next ensure takes the rest away.
+	leave(es []endpoint) error
+	// String names the backend for the log: "iptables 1.8.9 (nf_tables)".
+	String() string
+}
+
+// resolve returns the backend that a configuration's word for it means here.
+func (n *node) resolve(backend string) string {
+	if backend != backendAuto {
+		return backend
+	}
+	if _, err := exec.LookPath(ipv4.program()); err == nil {
+		return backendIPT
+	}
+	return backendNFT
+}
+
+// backend returns the one firewall of that name.
+func (n *node) backend(name string) (firewall, error) {
+	if fw := n.firewalls[name]; fw != nil {
+		return fw, nil
+	}
+	var fw firewall
+	switch name {
+	case backendIPT:
+		fw = newIPTables(func() { poke(n.poked) })
+	default:
+		return nil, setupError(errFirewall, fmt.Errorf("firewall %s: this build has no such backend", name))
+	}
+	n.firewalls[name] = fw
+	return fw, nil
+}
+
+// family is an IP version.
+type family int
+
+const (
+	ipv4 family = 4
+	ipv6 family = 6
+)
+
+func familyOf(a netip.Addr) family {
+	if a.Is4() {
+		return ipv4
+	}
+	return ipv6
+}
+
+// program returns the name of the family's iptables.
+func (f family) program() string {
+	if f == ipv6 {
+		return "ip6tables"
+	}
+	return "iptables"
+}

@@ -1,0 +1,252 @@
+package nodecache
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"syscall"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+)
+
+// ipvsLink is where kube-proxy in IPVS mode puts the ClusterIPs.
+const ipvsLink = "kube-ipvs0"
+
+// dumped repeats a netlink dump that the kernel says was interrupted by a
+// change: what it returned then is only a part.
+func dumped[T any](dump func() (T, error)) (T, error) {
+	for range 10 {
+		v, err := dump()
+		if !errors.Is(err, netlink.ErrDumpInterrupted) {
+			return v, err
+		}
+	}
+	return dump()
+}
+
+// linkByName returns nil without an error where there is no such link.
+func linkByName(name string) (netlink.Link, error) {
+	l, err := dumped(func() (netlink.Link, error) { return netlink.LinkByName(name) })
+	if errors.As(err, new(netlink.LinkNotFoundError)) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("looking for the link %s: %w", name, err)
+	}
+	return l, nil
+}
+
+// linkKind returns "dummy" or "tun" for a link that can carry our addresses, and
+// an error that says what it is otherwise.
+func linkKind(l netlink.Link) (string, error) {
+	if t, ok := l.(*netlink.Tuntap); ok && t.Mode != netlink.TUNTAP_MODE_TAP {
+		return "tun", nil
+	}
+	if l.Type() == "dummy" {
+		return "dummy", nil
+	}
+	return "", fmt.Errorf("a link of this name exists and is of the type %s, not dummy: remove it or name another interface", l.Type())
+}
+
+// checkLink says whether name is free or already ours to use.
+func checkLink(name string) error {
+	l, err := linkByName(name)
+	if err != nil || l == nil {
+		return err
+	}
+	_, err = linkKind(l)
+	return err
+}
+
+// addressCarriers returns the names of the links that carry each address.
+func addressCarriers() (map[netip.Addr][]string, error) {
+	links, err := dumped(netlink.LinkList)
+	if err != nil {
+		return nil, fmt.Errorf("listing links: %w", err)
+	}
+	names := map[int]string{}
+	for _, l := range links {
+		names[l.Attrs().Index] = l.Attrs().Name
+	}
+	addrs, err := dumped(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_ALL) })
+	if err != nil {
+		return nil, fmt.Errorf("listing addresses: %w", err)
+	}
+	carriers := map[netip.Addr][]string{}
+	for _, a := range addrs {
+		if ip, ok := netip.AddrFromSlice(a.IP); ok {
+			carriers[ip.Unmap()] = append(carriers[ip.Unmap()], names[a.LinkIndex])
+		}
+	}
+	return carriers, nil
+}
+
+// netif is the interface that carries our addresses: a dummy, or a TUN device
+// where the kernel has no dummy driver (those of micro-VMs).
+type netif struct {
+	name string
+	kind string // "dummy" or "tun"
+	made bool   // by this process; else it was there and is adopted
+}
+
+// ensureLink makes the link, or adopts the one that is there.
+func (n *netif) ensureLink() (netlink.Link, error) {
+	l, err := linkByName(n.name)
+	if err != nil {
+		return nil, setupError(errInterfaceCheck, err)
+	}
+	if l == nil {
+		if err := n.add(); err != nil {
+			return nil, setupError(errInterfaceAdd, err)
+		}
+		if l, err = linkByName(n.name); err != nil || l == nil {
+			return nil, setupError(errInterfaceCheck, fmt.Errorf("looking for the link %s that was just made: %w", n.name, cmpErr(err, "it is gone")))
+		}
+		n.made = true
+		// No generated link-local address: nobody asks there, and it would show
+		// up in the node's addresses.
+		if err := netlink.LinkSetIP6AddrGenMode(l, nl.IN6_ADDR_GEN_MODE_NONE); err != nil {
+			log.Debugf("keeping %s from generating an IPv6 address: %v", n.name, err) // no IPv6 in this kernel
+		}
+	}
+	if n.kind, err = linkKind(l); err != nil {
+		return nil, setupError(errInterfaceCheck, fmt.Errorf("interface %s: %w", n.name, err))
+	}
+	return l, nil
+}
+
+func cmpErr(err error, otherwise string) error {
+	if err != nil {
+		return err
+	}
+	return errors.New(otherwise)
+}
+
+func (n *netif) add() error {
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name = n.name
+	err := netlink.LinkAdd(&netlink.Dummy{LinkAttrs: attrs})
+	if errors.Is(err, unix.EOPNOTSUPP) {
+		log.Infof("this kernel has no dummy driver; making %s a TUN device, which serves as well", n.name)
+		err = netlink.LinkAdd(&netlink.Tuntap{LinkAttrs: attrs, Mode: netlink.TUNTAP_MODE_TUN, Flags: netlink.TUNTAP_DEFAULTS | netlink.TUNTAP_NO_PI})
+		if errors.Is(err, unix.ENOENT) {
+			err = fmt.Errorf("the kernel has neither a dummy driver nor %s: %w", netlink.TUN, err)
+		}
+	}
+	if errors.Is(err, unix.EPERM) {
+		err = fmt.Errorf("%w (the capability NET_ADMIN is missing)", err)
+	}
+	if err != nil && !errors.Is(err, unix.EEXIST) {
+		return fmt.Errorf("adding the link %s: %w", n.name, err)
+	}
+	return nil
+}
+
+// ensure puts addrs on the link, making the link if need be, and returns those
+// that were missing. It takes nothing away.
+func (n *netif) ensure(addrs []netip.Addr) (missing []netip.Addr, err error) {
+	l, err := n.ensureLink()
+	if err != nil {
+		return nil, err
+	}
+	have, err := n.addrs(l)
+	if err != nil {
+		return nil, setupError(errInterfaceCheck, err)
+	}
+	// IPv4 is delivered with the link down, and what is down is not taken for an
+	// address of the node by anybody. An IPv6 address needs the link up.
+	if l.Attrs().RawFlags&unix.IFF_UP == 0 && slices.ContainsFunc(addrs, netip.Addr.Is6) {
+		if err := netlink.LinkSetUp(l); err != nil {
+			return nil, setupError(errInterfaceAdd, fmt.Errorf("setting %s up, which its IPv6 addresses need: %w", n.name, err))
+		}
+	}
+	for _, a := range addrs {
+		if slices.Contains(have, a) {
+			continue
+		}
+		err := netlink.AddrAdd(l, netlinkAddr(a))
+		switch {
+		case errors.Is(err, unix.EEXIST):
+			continue // somebody was faster
+		case errors.Is(err, unix.EACCES) && a.Is6():
+			err = fmt.Errorf("%w (IPv6 is switched off here: see the sysctl net.ipv6.conf.%s.disable_ipv6)", err, n.name)
+			fallthrough
+		case err != nil:
+			return missing, setupError(errInterfaceAdd, fmt.Errorf("adding %s to %s: %w", a, n.name, err))
+		}
+		missing = append(missing, a)
+	}
+	return missing, nil
+}
+
+// prune takes every address but addrs from the link, and the link away if none
+// is left to carry.
+func (n *netif) prune(addrs []netip.Addr) error {
+	l, err := linkByName(n.name)
+	if err != nil || l == nil {
+		return err
+	}
+	if _, err := linkKind(l); err != nil {
+		return nil // somebody has put another link in our place: not ours
+	}
+	if len(addrs) == 0 {
+		if err := netlink.LinkDel(l); err != nil && !errors.Is(err, unix.ENODEV) {
+			return fmt.Errorf("removing the link %s: %w", n.name, err)
+		}
+		return nil
+	}
+	have, err := n.addrs(l)
+	if err != nil {
+		return err
+	}
+	return n.remove(l, slices.DeleteFunc(have, func(a netip.Addr) bool { return slices.Contains(addrs, a) }))
+}
+
+func (n *netif) remove(l netlink.Link, addrs []netip.Addr) error {
+	for _, a := range addrs {
+		if err := netlink.AddrDel(l, netlinkAddr(a)); err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) {
+			return fmt.Errorf("removing %s from %s: %w", a, n.name, err)
+		}
+	}
+	return nil
+}
+
+// addrs returns the addresses on the link l, less those with another prefix
+// than ours, which only somebody else can have put there.
+func (n *netif) addrs(l netlink.Link) ([]netip.Addr, error) {
+	list, err := dumped(func() ([]netlink.Addr, error) { return netlink.AddrList(l, netlink.FAMILY_ALL) })
+	if err != nil {
+		return nil, fmt.Errorf("listing the addresses of %s: %w", n.name, err)
+	}
+	var addrs []netip.Addr
+	for _, x := range list {
+		if ip, ok := netip.AddrFromSlice(x.IP); ok {
+			if ones, bits := x.Mask.Size(); ones == bits {
+				addrs = append(addrs, ip.Unmap())
+			}
+		}
+	}
+	return addrs, nil
+}
+
+func netlinkAddr(a netip.Addr) *netlink.Addr {
+	x := &netlink.Addr{IPNet: netlink.NewIPNet(a.AsSlice())}
+	if a.Is6() {
+		// Without it the address is tentative at first, and bind fails.
+		x.Flags = syscall.IFA_F_NODAD
+	}
+	return x
+}
+
+// hasNetAdmin tells whether this process has the capability NET_ADMIN in effect.
+func hasNetAdmin() (bool, error) {
+	head := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var data [2]unix.CapUserData
+	if err := unix.Capget(&head, &data[0]); err != nil {
+		return false, fmt.Errorf("reading the capabilities of this process: %w", err)
+	}
+	return data[0].Effective&(1<<unix.CAP_NET_ADMIN) != 0, nil
+}

@@ -1,0 +1,510 @@
+package nodecache
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/coredns/caddy"
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// listenPoll is how often a start looks whether CoreDNS listens by now.
+	listenPoll = 5 * time.Millisecond
+	// settle is how long CoreDNS has had all sockets before a start counts as
+	// successful: when one more of them fails, the reload has been reverted by then.
+	settle = 50 * time.Millisecond
+	// listenLimit is after how long without a socket a reload that brought the
+	// directive is taken for failed: no callback of ours tells of it then.
+	listenLimit = time.Minute
+	// drainLimit bounds the wait for answers at an exit. With the lock's wait it
+	// stays within the 30 s that Kubernetes gives a pod.
+	drainLimit = 10 * time.Second
+	// burst is how long changes that the kernel reports are gathered before one
+	// repair serves them all.
+	burst = 10 * time.Millisecond
+)
+
+// theNode is what this process has on the node. It outlives instances: a reload
+// hands it from one to the next.
+var theNode = newNode()
+
+// node owns the process's link, addresses and rules. One goroutine, that of run,
+// changes them and the fields below its channels; the callbacks of CoreDNS hand
+// it their work through do.
+type node struct {
+	work      chan func()
+	poked     chan struct{} // rules of ours may be gone
+	reported  chan struct{} // links or addresses have changed, ours or others
+	startOnce sync.Once
+	ready     atomic.Bool
+	answering counter
+
+	running   *config // in force, nil before the first
+	starting  *config // of an instance that is on its way up
+	want      state   // what was last made to stand
+	netifs    map[string]*netif
+	firewalls map[string]firewall
+	exited    bool
+	watching  bool
+	syncTick  *time.Ticker
+}
+
+func newNode() *node {
+	n := &node{
+		work:      make(chan func()),
+		poked:     make(chan struct{}, 1),
+		reported:  make(chan struct{}, 1),
+		want:      state{},
+		netifs:    map[string]*netif{},
+		firewalls: map[string]firewall{},
+		syncTick:  time.NewTicker(defaultSync),
+	}
+	n.syncTick.Stop()
+	return n
+}
+
+// do has the owning goroutine run f and waits for it.
+func (n *node) do(f func() error) error {
+	n.startOnce.Do(func() { go n.run() })
+	done := make(chan error, 1)
+	n.work <- func() { done <- f() }
+	return <-done
+}
+
+func (n *node) run() {
+	for {
+		select {
+		case f := <-n.work:
+			f()
+		case <-n.syncTick.C:
+			n.repair(false, "sync")
+		case <-n.poked:
+			n.repair(false, "noticing the rules gone")
+		case <-n.reported:
+			time.Sleep(burst)
+			select {
+			case <-n.reported:
+			default:
+			}
+			n.repair(true, "the kernel's report")
+		}
+	}
+}
+
+// poke has c hold one token.
+func poke(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}
+
+// links returns the names of the links that the configuration in force has.
+func (n *node) links() (names []string) {
+	n.do(func() error {
+		names = slices.Collect(maps.Keys(n.netifs))
+		return nil
+	})
+	return names
+}
+
+// start puts on the node what cfg wants, beside what is there for the
+// configuration in force. It is OnStartup: CoreDNS has not listened yet.
+func (n *node) start(cfg *config) error {
+	return n.do(func() error {
+		if n.exited {
+			return errors.New("the process is on its way out")
+		}
+		began := time.Now()
+		was := n.want
+		want := was.union(cfg.state(false, n.resolve))
+		made, err := n.prepare(cfg, want)
+		if err == nil {
+			_, err = n.ensure(want)
+		}
+		if err != nil {
+			err = count(err)
+			if undo := n.undo(was, made); undo != nil {
+				err = fmt.Errorf("%w; and taking back what had been done: %w", err, undo)
+			}
+			return err
+		}
+		n.want, n.starting = want, cfg
+		n.syncTick.Reset(cfg.sync())
+		n.watch()
+		go n.await(cfg, !caddy.Started(), began)
+		return nil
+	})
+}
+
+// made is what a start has added, to be taken back when it fails.
+type made map[*netif][]netip.Addr
+
+// prepare makes the links, tries the ports, and adds the addresses.
+func (n *node) prepare(cfg *config, want state) (made, error) {
+	added := made{}
+	devices := map[string]int{}
+	for name := range want.links {
+		if n.netifs[name] == nil {
+			n.netifs[name] = &netif{name: name}
+		}
+		l, err := n.netifs[name].ensureLink()
+		if n.netifs[name].made {
+			added[n.netifs[name]] = nil
+		}
+		if err != nil {
+			return added, err
+		}
+		devices[name] = l.Attrs().Index
+	}
+	mine := map[endpoint]bool{}
+	if n.running != nil {
+		for _, e := range n.running.listeners() {
+			mine[e] = true
+		}
+	}
+	for _, e := range cfg.listeners() {
+		if mine[e] {
+			continue
+		}
+		if err := tryPort(e, devices[cfg.wants[e].link]); err != nil {
+			return added, errorAt(cfg.wants[e].at, "%w", err)
+		}
+	}
+	for name, addrs := range want.links {
+		missing, err := n.netifs[name].ensure(addrs)
+		added[n.netifs[name]] = append(added[n.netifs[name]], missing...)
+		if err != nil {
+			return added, err
+		}
+	}
+	return added, nil
+}
+
+// undo leads back from a start that failed to the state before it.
+func (n *node) undo(was state, added made) error {
+	errs := []error{n.rules(was)}
+	for i, addrs := range added {
+		l, err := linkByName(i.name)
+		switch {
+		case err != nil:
+			errs = append(errs, err)
+		case l == nil:
+		case i.made && len(was.links[i.name]) == 0:
+			errs = append(errs, i.prune(nil))
+		default:
+			errs = append(errs, i.remove(l, addrs))
+		}
+		if len(was.links[i.name]) == 0 {
+			delete(n.netifs, i.name)
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// ensure adds to the node what of want is missing, addresses before rules, and
+// counts it by object. It takes away rules that want does not have, no address.
+func (n *node) ensure(want state) (missing map[string]int, err error) {
+	missing = map[string]int{}
+	var errs []error
+	for name, addrs := range want.links {
+		if n.netifs[name] == nil {
+			n.netifs[name] = &netif{name: name}
+		}
+		l, err := linkByName(name)
+		if err == nil && l == nil {
+			missing[objectLink]++
+		}
+		gone, err := n.netifs[name].ensure(addrs)
+		missing[objectAddress] += len(gone)
+		errs = append(errs, err)
+	}
+	for b, es := range want.rules {
+		fw, err := n.backend(b)
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		gone, err := fw.ensure(es)
+		missing[objectRule] += gone
+		errs = append(errs, err)
+	}
+	return missing, errors.Join(errs...)
+}
+
+// rules makes the rules of want stand, and no others of ours.
+func (n *node) rules(want state) error {
+	var errs []error
+	for name, fw := range n.firewalls {
+		_, err := fw.ensure(want.rules[name])
+		errs = append(errs, err)
+	}
+	return errors.Join(errs...)
+}
+
+// reduce takes from the node what is there beyond want: rules first, since an
+// address that goes before its rules is a black hole.
+func (n *node) reduce(want state) error {
+	var err error
+	if !maps.EqualFunc(want.rules, n.want.rules, slices.Equal) {
+		err = n.rules(want)
+	}
+	n.want = want
+	return errors.Join(err, n.prune(want))
+}
+
+// prune takes from our links what want does not have, and links left empty.
+func (n *node) prune(want state) error {
+	var errs []error
+	for name, i := range n.netifs {
+		errs = append(errs, i.prune(want.links[name]))
+		if len(want.links[name]) == 0 {
+			delete(n.netifs, name)
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// await waits until CoreDNS listens on everything of cfg and completes its start.
+// first is true for the process's first instance: if that fails the process ends.
+func (n *node) await(cfg *config, first bool, began time.Time) {
+	es := cfg.listeners()
+	since := time.Time{}
+	for {
+		time.Sleep(listenPoll)
+		ok, err := listening(es)
+		switch {
+		case err != nil:
+			log.Errorf("%v", err)
+			return
+		case !ok:
+			since = time.Time{}
+		case since.IsZero():
+			since = time.Now()
+		}
+		over := false
+		n.do(func() error {
+			switch {
+			case n.starting != cfg && n.running != cfg || n.exited:
+				over = true
+			case !since.IsZero() && (first || n.running == cfg || time.Since(since) >= settle):
+				n.complete(cfg, began)
+				over = true
+			case since.IsZero() && n.running == nil && !first && time.Since(began) > listenLimit:
+				log.Errorf("CoreDNS did not listen on %s within %s; taking everything back", cfg, listenLimit)
+				n.starting = nil
+				if err := n.reduce(state{}); err != nil {
+					log.Errorf("%v", count(err))
+				}
+				over = true
+			}
+			return nil
+		})
+		if over {
+			return
+		}
+	}
+}
+
+// complete is called once CoreDNS listens on everything of cfg.
+func (n *node) complete(cfg *config, began time.Time) {
+	target := cfg.state(false, n.resolve)
+	for name, es := range target.rules {
+		n.firewalls[name].serve(es)
+	}
+	switch {
+	case n.running == nil:
+		// Nothing of this process to wait for: what a process before us has left
+		// beyond our needs can go.
+		n.running, n.starting = cfg, nil
+		if err := n.reduce(target); err != nil {
+			log.Errorf("%v", count(err))
+			return
+		}
+	case n.running != cfg:
+		// The old instance's servers are about to stop; their queries go on elsewhere.
+		n.leave(n.want.without(target))
+	}
+	n.ready.Store(true)
+	var kinds, fws []string
+	for name, i := range n.netifs {
+		how := "adopted"
+		if i.made {
+			how = "made"
+		}
+		kinds = append(kinds, fmt.Sprintf("%s (%s, %s)", name, i.kind, how))
+	}
+	for name := range target.rules {
+		fws = append(fws, n.firewalls[name].String())
+	}
+	slices.Sort(kinds)
+	slices.Sort(fws)
+	log.Infof("in place after %s: %s on %s, out of connection tracking by %s", time.Since(began).Round(time.Millisecond), cfg,
+		orNone(kinds, "no interface of ours"), orNone(fws, "no firewall"))
+}
+
+func orNone(s []string, none string) string {
+	if len(s) == 0 {
+		return none
+	}
+	return strings.Join(s, ", ")
+}
+
+func (n *node) leave(gone map[string][]endpoint) {
+	for name, es := range gone {
+		if fw := n.firewalls[name]; fw != nil {
+			if err := fw.leave(es); err != nil {
+				log.Errorf("%v", count(err))
+			}
+		}
+	}
+}
+
+// restarting notes that the instance of cfg is being replaced, or was not.
+func (n *node) restarting(cfg *config, yes bool) {
+	n.do(func() error { cfg.restarting = yes; return nil })
+}
+
+// revert is OnRestartFailed: the configuration in force stays.
+func (n *node) revert() error {
+	return n.do(func() error {
+		if n.starting == nil || n.exited {
+			return nil
+		}
+		n.starting = nil
+		n.syncTick.Reset(n.running.sync())
+		return count(n.reduce(n.running.state(false, n.resolve)))
+	})
+}
+
+// replaced is OnShutdown of the instance of cfg. In a reload its servers have
+// stopped and the new instance serves. At an exit nothing is done here: the
+// servers still answer, and exit follows.
+func (n *node) replaced(cfg *config) error {
+	return n.do(func() error {
+		if !cfg.restarting || n.exited || n.running != cfg {
+			return nil
+		}
+		n.running, n.starting = n.starting, nil
+		want := n.running.state(false, n.resolve)
+		err := count(n.reduce(want))
+		if n.running == nil {
+			n.ready.Store(false)
+			n.syncTick.Stop()
+			log.Infof("no server block has nodecache any more; everything is taken back")
+		}
+		return err
+	})
+}
+
+// exit takes everything off the node, less what skipteardown keeps, once what
+// has arrived is answered. It is called on every way out and a second call waits
+// for the first.
+func (n *node) exit() {
+	n.do(func() error {
+		if n.exited {
+			return nil
+		}
+		n.exited = true
+		n.ready.Store(false)
+		cfg := n.running
+		if cfg == nil {
+			cfg = n.starting
+		}
+		if cfg == nil {
+			return nil
+		}
+		began := time.Now()
+		kept := cfg.state(true, n.resolve)
+		gone := n.want.without(kept)
+		n.leave(gone)
+		if open, err := n.answering.drain(slices.Concat(slices.Collect(maps.Values(gone))...), drainLimit); err != nil {
+			log.Errorf("%v", err)
+		} else if open > 0 {
+			log.Warningf("%d queries were not answered within %s", open, drainLimit)
+		}
+		if err := n.reduce(kept); err != nil {
+			log.Errorf("%v", count(err))
+			return nil
+		}
+		if kept.empty() {
+			log.Infof("everything is taken back after %s", time.Since(began).Round(time.Millisecond))
+		} else {
+			log.Infof("skipteardown keeps the addresses and the rules in place")
+		}
+		return nil
+	})
+}
+
+// repair puts back what somebody else has removed; with links, only links and
+// addresses, which takes no process.
+func (n *node) repair(links bool, why string) {
+	if n.want.empty() || n.exited {
+		return
+	}
+	want := n.want
+	if links {
+		want.rules = nil
+	}
+	missing, err := n.ensure(want)
+	if err == nil && n.starting == nil {
+		err = n.prune(want)
+	}
+	if err != nil {
+		log.Errorf("repairing: %v", count(err))
+	}
+	if !links || err != nil {
+		n.ready.Store(err == nil && n.running != nil)
+	}
+	for _, object := range slices.Sorted(maps.Keys(missing)) {
+		if k := missing[object]; k > 0 {
+			repairs.WithLabelValues(object).Add(float64(k))
+			log.Warningf("somebody has removed what nodecache needs (%s, %d); put back on %s", object, k, why)
+		}
+	}
+	n.serve()
+}
+
+// serve tells the firewalls what is listened on.
+func (n *node) serve() {
+	if n.running == nil {
+		return
+	}
+	for name, es := range n.running.state(false, n.resolve).rules {
+		n.firewalls[name].serve(es)
+	}
+}
+
+// watch has changes of links and addresses noticed as the kernel reports them.
+func (n *node) watch() {
+	if n.watching {
+		return
+	}
+	s, err := nl.Subscribe(unix.NETLINK_ROUTE, unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR)
+	if err != nil {
+		log.Warningf("subscribing to the kernel's reports of links and addresses: %v; what somebody removes comes back with the next sync", err)
+		return
+	}
+	n.watching = true
+	go func() {
+		for {
+			// What was reported does not matter: a look costs less than to keep
+			// track. ENOBUFS says that reports were lost, which calls for a look too.
+			_, _, err := s.Receive()
+			if err != nil && !errors.Is(err, unix.ENOBUFS) && !errors.Is(err, unix.EINTR) && !errors.Is(err, unix.EAGAIN) {
+				log.Warningf("reading the kernel's reports of links and addresses: %v; what somebody removes comes back with the next sync", err)
+				return
+			}
+			poke(n.reported)
+		}
+	}()
+}

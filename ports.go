@@ -1,0 +1,131 @@
+package nodecache
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/prometheus/procfs"
+	"golang.org/x/sys/unix"
+)
+
+// tryPort tells whether CoreDNS will be able to listen on e, before the address
+// is on the node: a start that fails once it is there leaves the address behind,
+// as CoreDNS calls nobody then. Any socket that is bound joins the SO_REUSEPORT
+// group, so for UDP it is bound to the device with this index as well: nothing
+// ever arrives through it, and so no query is taken from a twin that serves.
+func tryPort(e endpoint, device int) error {
+	domain, typ := unix.AF_INET, unix.SOCK_STREAM
+	var sa unix.Sockaddr = &unix.SockaddrInet4{Addr: as4(e.addr), Port: int(e.port)}
+	if e.addr.Is6() {
+		domain, sa = unix.AF_INET6, &unix.SockaddrInet6{Addr: e.addr.As16(), Port: int(e.port)}
+	}
+	if e.proto == "udp" {
+		if device == 0 {
+			return nil // no device to hide behind: let CoreDNS try
+		}
+		typ = unix.SOCK_DGRAM
+	}
+	fd, err := unix.Socket(domain, typ|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("trying %s: %w", e, err)
+	}
+	defer unix.Close(fd)
+	set := func(level, option, value int) {
+		if err == nil {
+			err = unix.SetsockoptInt(fd, level, option, value)
+		}
+	}
+	set(unix.SOL_SOCKET, unix.SO_REUSEPORT, 1)
+	if e.addr.Is6() {
+		set(unix.SOL_IPV6, unix.IPV6_FREEBIND, 1)
+	} else {
+		set(unix.SOL_IP, unix.IP_FREEBIND, 1)
+	}
+	if typ == unix.SOCK_STREAM {
+		set(unix.SOL_SOCKET, unix.SO_REUSEADDR, 1) // as Go's listeners do
+	} else {
+		set(unix.SOL_SOCKET, unix.SO_BINDTOIFINDEX, device)
+	}
+	if err != nil {
+		log.Debugf("trying %s before CoreDNS does: %v", e, err) // kernels before 5.1
+		return nil
+	}
+	switch err := unix.Bind(fd, sa); {
+	case err == nil:
+		return nil
+	case errors.Is(err, unix.EADDRINUSE):
+		return fmt.Errorf("%s is taken%s: end that program or have it listen elsewhere; two can share an address only when both set SO_REUSEPORT and run as the same user", e, holder(e))
+	case errors.Is(err, unix.EACCES):
+		return fmt.Errorf("%s: %w (ports below 1024 need the capability NET_BIND_SERVICE)", e, err)
+	default:
+		log.Debugf("trying %s before CoreDNS does: %v", e, err)
+		return nil
+	}
+}
+
+func as4(a netip.Addr) (b [4]byte) {
+	if a.Is4() {
+		b = a.As4()
+	}
+	return b
+}
+
+// holder says who listens on e, as far as /proc tells: " by dnsmasq (process
+// 123, bound to 0.0.0.0:53)", or "".
+func holder(e endpoint) string {
+	inodes := map[uint64]string{}
+	note := func(ip net.IP, port, state, inode uint64) {
+		a, ok := netip.AddrFromSlice(ip)
+		a = a.Unmap()
+		const listen = 10 // TCP_LISTEN, include/net/tcp_states.h
+		if ok && port == uint64(e.port) && (a == e.addr || a.IsUnspecified()) && (e.proto == "udp" || state == listen) {
+			inodes[inode] = netip.AddrPortFrom(a, e.port).String()
+		}
+	}
+	fs, err := procfs.NewDefaultFS()
+	if err != nil {
+		return ""
+	}
+	if e.proto == "udp" {
+		for _, read := range []func() (procfs.NetUDP, error){fs.NetUDP, fs.NetUDP6} {
+			lines, _ := read() // a family that is off has no file
+			for _, l := range lines {
+				note(l.LocalAddr, l.LocalPort, l.St, l.Inode)
+			}
+		}
+	} else {
+		for _, read := range []func() (procfs.NetTCP, error){fs.NetTCP, fs.NetTCP6} {
+			lines, _ := read()
+			for _, l := range lines {
+				note(l.LocalAddr, l.LocalPort, l.St, l.Inode)
+			}
+		}
+	}
+	fds, _ := filepath.Glob("/proc/[0-9]*/fd/*")
+	for _, fd := range fds {
+		to, err := os.Readlink(fd)
+		if err != nil {
+			continue
+		}
+		inode, ok := strings.CutPrefix(to, "socket:[")
+		n, err := strconv.ParseUint(strings.TrimSuffix(inode, "]"), 10, 64)
+		if !ok || err != nil || inodes[n] == "" {
+			continue
+		}
+		pid := strings.Split(fd, "/")[2]
+		name, _ := os.ReadFile("/proc/" + pid + "/comm")
+		return fmt.Sprintf(" by %s (process %s, bound to %s)", strings.TrimSpace(string(name)), pid, inodes[n])
+	}
+	for _, at := range slices.Sorted(maps.Values(inodes)) {
+		return fmt.Sprintf(" by a process that can't be seen from here, bound to %s", at)
+	}
+	return ""
+}
