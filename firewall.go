@@ -44,8 +44,10 @@ func (n *node) backend(name string) (firewall, error) {
 	switch name {
 	case backendIPT:
 		fw = newIPTables(func() { poke(n.poked) })
+	case backendNFT:
+		fw = newNFT()
 	default:
-		return nil, setupError(errFirewall, fmt.Errorf("firewall %s: this build has no such backend", name))
+		return nil, fmt.Errorf("no firewall is called %s", name)
 	}
 	n.firewalls[name] = fw
 	return fw, nil

@@ -1,0 +1,251 @@
+package nodecache
+
+import (
+	"crypto/rand"
+	"encoding/binary"
+	"encoding/hex"
+	"errors"
+	"fmt"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+)
+
+// nft is the firewall backend that speaks netlink with nf_tables itself. All its
+// rules stand in a table of this process's own with the flag owner (Linux 5.12):
+// the kernel removes it when the process ends, however it ends, and lets nobody
+// else change it, a flush of the whole ruleset included. The rules look
+// endpoints up in sets, so their number does not grow with that of the addresses.
+//
+// It has no ACCEPT rules: an accept ends only its own table's hook, and a drop in
+// another table still holds.
+type nft struct {
+	conn  *nftables.Conn // keeps one socket open, which the table belongs to
+	table *nftables.Table
+	sets  map[setOf]*nftables.Set
+	has   map[setOf]map[endpoint]bool
+}
+
+// setOf names one of the table's sets.
+type setOf struct {
+	family family
+	role   string
+}
+
+// The roles of the sets, each with a rule of its own.
+const (
+	roleQueries = "queries" // from elsewhere, in prerouting, while a socket is there
+	roleAnswers = "answers" // in output
+	roleClients = "clients" // queries of the node's own programs, in output
+)
+
+var (
+	hooksOfNFT = map[string]*nftables.ChainHook{"prerouting": nftables.ChainHookPrerouting, "output": nftables.ChainHookOutput}
+	rolesOfNFT = []struct{ role, chain string }{{roleQueries, "prerouting"}, {roleAnswers, "output"}, {roleClients, "output"}}
+)
+
+func newNFT() *nft { return &nft{} }
+
+func (t *nft) String() string { return "nftables" }
+
+func (t *nft) ensure(es []endpoint) (missing int, err error) {
+	if t.table != nil {
+		switch _, err := t.conn.ListTableOfFamily(t.table.Name, nftables.TableFamilyINet); {
+		case errors.Is(err, unix.ENOENT):
+			// Only a new network namespace or a kernel's bug could bring this about.
+			missing = len(es)
+			t.close()
+		case err != nil:
+			return 0, setupError(errFirewall, fmt.Errorf("looking for the nftables table %s: %w", t.table.Name, err))
+		}
+	}
+	if len(es) == 0 {
+		if t.table == nil {
+			return 0, nil
+		}
+		t.conn.DelTable(t.table)
+		if err := t.flush("removing"); err != nil {
+			return 0, err
+		}
+		t.close()
+		return 0, nil
+	}
+	if t.table == nil {
+		if err := t.create(); err != nil {
+			t.close()
+			return 0, err
+		}
+	}
+	want := map[endpoint]bool{}
+	for _, e := range es {
+		want[e] = true
+	}
+	for s, has := range t.has {
+		var gone, new []endpoint
+		for e := range has {
+			if !want[e] {
+				gone = append(gone, e)
+			}
+		}
+		for e := range want {
+			if s.role == roleAnswers && familyOf(e.addr) == s.family && !has[e] {
+				new = append(new, e)
+			}
+		}
+		t.change(s, new, gone)
+	}
+	return missing, t.flush("writing")
+}
+
+func (t *nft) serve(es []endpoint) {
+	if t.table == nil {
+		return
+	}
+	for s, has := range t.has {
+		var new []endpoint
+		for _, e := range es {
+			if s.role != roleAnswers && familyOf(e.addr) == s.family && !has[e] {
+				new = append(new, e)
+			}
+		}
+		t.change(s, new, nil)
+	}
+	if err := t.flush("writing"); err != nil {
+		log.Errorf("%v", count(err))
+	}
+}
+
+func (t *nft) leave(es []endpoint) error {
+	if t.table == nil {
+		return nil
+	}
+	for s, has := range t.has {
+		var gone []endpoint
+		for _, e := range es {
+			if s.role != roleAnswers && e.proto == "udp" && has[e] {
+				gone = append(gone, e)
+			}
+		}
+		t.change(s, nil, gone)
+	}
+	return t.flush("writing")
+}
+
+// create makes the table, its sets, chains and rules, as one transaction.
+func (t *nft) create() (err error) {
+	if t.conn, err = nftables.New(nftables.AsLasting()); err != nil {
+		return setupError(errFirewall, fmt.Errorf("opening nftables: %w", err))
+	}
+	id := make([]byte, 4) // a process's number is not unique among containers
+	rand.Read(id)
+	t.table = t.conn.CreateTable(&nftables.Table{Family: nftables.TableFamilyINet, Name: "nodecache-" + hex.EncodeToString(id), Flags: nftables.TableFlagOwner})
+	t.sets, t.has = map[setOf]*nftables.Set{}, map[setOf]map[endpoint]bool{}
+	chains := map[string]*nftables.Chain{}
+	for name, hook := range hooksOfNFT {
+		chains[name] = t.conn.AddChain(&nftables.Chain{Name: name, Table: t.table, Type: nftables.ChainTypeFilter, Hooknum: hook, Priority: nftables.ChainPriorityRaw})
+	}
+	for _, f := range []family{ipv4, ipv6} {
+		for _, r := range rolesOfNFT {
+			s := setOf{f, r.role}
+			addr := nftables.TypeIPAddr
+			if f == ipv6 {
+				addr = nftables.TypeIP6Addr
+			}
+			t.has[s] = map[endpoint]bool{}
+			t.sets[s] = &nftables.Set{
+				Table: t.table, Name: fmt.Sprintf("%s%d", r.role, f), Concatenation: true,
+				KeyType: nftables.MustConcatSetType(nftables.TypeInetProto, addr, nftables.TypeInetService),
+			}
+			if err := t.conn.AddSet(t.sets[s], nil); err != nil {
+				return setupError(errFirewall, fmt.Errorf("adding the nftables set %s: %w", t.sets[s].Name, err))
+			}
+			t.conn.AddRule(&nftables.Rule{Table: t.table, Chain: chains[r.chain], Exprs: lookup(s, t.sets[s])})
+		}
+	}
+	err = t.flush("making")
+	if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EINVAL) {
+		err = fmt.Errorf("%w (firewall nftables needs Linux 5.12 or newer with nf_tables and nft_socket; firewall iptables does with less)", err)
+	}
+	return err
+}
+
+// lookup is the rule of one set, in nft's words for queries4:
+//
+//	meta nfproto ipv4 meta l4proto . ip daddr . th dport @queries4 socket exists notrack
+func lookup(s setOf, set *nftables.Set) []expr.Any {
+	// A concatenation's parts stand in neighbouring 32-bit registers.
+	const reg = 8 // NFT_REG32_00
+	proto, addrLen, daddr, saddr := byte(unix.NFPROTO_IPV4), uint32(4), uint32(16), uint32(12)
+	if s.family == ipv6 {
+		proto, addrLen, daddr, saddr = unix.NFPROTO_IPV6, 16, 24, 8
+	}
+	addr, port := daddr, uint32(2)
+	if s.role == roleAnswers {
+		addr, port = saddr, 0
+	}
+	rule := []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: reg},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: reg, Data: []byte{proto}},
+		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: reg},
+		&expr.Payload{DestRegister: reg + 1, Base: expr.PayloadBaseNetworkHeader, Offset: addr, Len: addrLen},
+		&expr.Payload{DestRegister: reg + 1 + addrLen/4, Base: expr.PayloadBaseTransportHeader, Offset: port, Len: 2},
+		&expr.Lookup{SourceRegister: reg, SetName: set.Name, SetID: set.ID},
+	}
+	if s.role == roleQueries {
+		// The rule ends here when there is no socket. The key is transparent since
+		// the others also end it for a connection that is only half open.
+		rule = append(rule, &expr.Socket{Key: expr.SocketKeyTransparent, Register: reg})
+	}
+	return append(rule, &expr.Notrack{})
+}
+
+// change notes that elements are to come and go with the next flush.
+func (t *nft) change(s setOf, new, gone []endpoint) {
+	elements := func(es []endpoint) (els []nftables.SetElement) {
+		for _, e := range es {
+			els = append(els, nftables.SetElement{Key: e.key()})
+		}
+		return els
+	}
+	// The errors of these two are those of marshalling values of fixed length.
+	if len(new) > 0 {
+		t.conn.SetAddElements(t.sets[s], elements(new))
+	}
+	if len(gone) > 0 {
+		t.conn.SetDeleteElements(t.sets[s], elements(gone))
+	}
+	for _, e := range new {
+		t.has[s][e] = true
+	}
+	for _, e := range gone {
+		delete(t.has[s], e)
+	}
+}
+
+// key is e as an element: protocol, address and port, each padded to 4 bytes.
+func (e endpoint) key() []byte {
+	proto := byte(unix.IPPROTO_UDP)
+	if e.proto == "tcp" {
+		proto = unix.IPPROTO_TCP
+	}
+	k := append([]byte{proto, 0, 0, 0}, e.addr.AsSlice()...)
+	return append(binary.BigEndian.AppendUint16(k, e.port), 0, 0)
+}
+
+func (t *nft) flush(doing string) error {
+	if err := t.conn.Flush(); err != nil {
+		if errors.Is(err, unix.EPERM) {
+			err = fmt.Errorf("%w (the capability NET_ADMIN is missing)", err)
+		}
+		return setupError(errFirewall, fmt.Errorf("%s the nftables table %s: %w", doing, t.table.Name, err))
+	}
+	return nil
+}
+
+func (t *nft) close() {
+	if t.conn != nil {
+		t.conn.CloseLasting()
+	}
+	*t = nft{}
+}
