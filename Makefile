@@ -1,0 +1,109 @@
+# One set of flags for the binary and the tests, so that they share the build cache.
+# The version is stamped below: go build itself would fail where git does not work.
+export CGO_ENABLED := 0
+export GOFLAGS += -trimpath -buildvcs=false
+
+COREDNS := github.com/coredns/coredns
+# Empty in a source tree without git.
+DESCRIBE := $(shell git describe --tags --always --dirty 2>/dev/null)
+VERSION ?= $(or $(DESCRIBE),unknown)
+LDFLAGS := -s -w -X $(COREDNS)/coremain.GitCommit=nodecache-$(VERSION)
+# What CoreDNS's own build sets: smaller, since the linker can drop unused methods.
+TAGS := grpcnotrace
+
+STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
+# Every shell script, whatever its name is.
+SCRIPTS = $(shell grep -rIlE --exclude-dir=.git --exclude-dir=build '^\#!(/usr)?/bin/(env )?(ba)?sh' .)
+
+IMAGE ?= contentful-labs/coredns-nodecache:$(VERSION)
+# Such as linux/amd64,linux/arm64; by default this machine's own.
+PLATFORMS ?=
+# Further arguments of `docker buildx build`, such as --push.
+IMAGE_FLAGS ?= $(if $(PLATFORMS),,--load)
+
+# Tests that run on Debian's kernel: of the package, and end to end.
+KERNEL_RUN ?= .
+E2E_RUN ?= .
+# Emulation is 20 to 30 times slower than the machine.
+KERNEL_TIMEOUT ?= 1500
+
+FUZZTIME ?= 5m
+# Percent of the package's statements.
+MIN_COVERAGE := 85
+
+.DEFAULT_GOAL := coredns
+
+.PHONY: coredns
+coredns: ## Build ./coredns with the plugins of plugin.cfg (the default).
+	go build -tags '$(TAGS)' -ldflags '$(LDFLAGS)' -o coredns ./cmd/coredns
+
+.PHONY: full
+full: ## Build ./coredns with all of CoreDNS's plugins.
+	go build -tags '$(TAGS),full' -ldflags '$(LDFLAGS)' -o coredns ./cmd/coredns
+
+.PHONY: test
+test: deps coredns ## Run all tests; those with network namespaces need root, and skip without.
+	go test -count=1 -timeout 40m ./...
+
+.PHONY: test-kernel
+test-kernel: coredns ## Run the tests on Debian's kernel, which has the dummy driver, in QEMU.
+	test/deps ip iptables nft xz
+	mkdir -p build
+	go test -c -o build/nodecache.test .
+	go test -c -o build/e2e.test ./test
+	IN_KERNEL_TIMEOUT=$(KERNEL_TIMEOUT) test/in-kernel \
+		build/nodecache.test -test.v -test.timeout 0 -test.run '$(KERNEL_RUN)'
+	cd test && IN_KERNEL_TIMEOUT=$(KERNEL_TIMEOUT) ./in-kernel \
+		../build/e2e.test -test.v -test.timeout 0 -test.run '$(E2E_RUN)'
+
+.PHONY: demo
+demo: deps coredns ## Show the cache at work in network namespaces of this machine (needs root).
+	go run ./test/demo
+
+.PHONY: lint
+lint: ## Run go vet, staticcheck, gofmt and shellcheck.
+	go vet ./...
+	go vet -tags full ./cmd/...
+	go run $(STATICCHECK) ./...
+	@files=$$(gofmt -l .); [ -z "$$files" ] || { echo "not formatted by gofmt: $$files" >&2; exit 1; }
+	test/deps shellcheck
+	shellcheck $(SCRIPTS)
+
+.PHONY: race
+race: deps ## Run the package's tests with the race detector (needs a C compiler).
+	CGO_ENABLED=1 go test -race -count=1 -timeout 20m .
+
+.PHONY: fuzz
+fuzz: ## Fuzz the directive's parser for FUZZTIME (5m).
+	go test -run '^$$' -fuzz FuzzDirective -fuzztime $(FUZZTIME) .
+
+.PHONY: cover
+cover: deps ## Print the coverage of the package's tests, and fail below 85 % (needs root).
+	go test -count=1 -timeout 20m -coverprofile cover.out .
+	@go tool cover -func cover.out | awk -v min=$(MIN_COVERAGE) \
+		'/^total:/ { print "coverage:", $$3 " of statements, at least " min "% wanted"; exit $$3 + 0 < min }'
+
+.PHONY: generate
+generate: ## Write the lists of plugins that plugin.cfg asks for.
+	go generate ./cmd/coredns
+
+.PHONY: check-generated
+check-generated: ## Fail if the lists of plugins are not what plugin.cfg asks for.
+	cd cmd/coredns && go run ./generate -check
+
+.PHONY: image
+image: ## Build the container image IMAGE, for PLATFORMS.
+	docker buildx build --build-arg VERSION=$(VERSION) --tag $(IMAGE) \
+		$(if $(PLATFORMS),--platform $(PLATFORMS)) $(IMAGE_FLAGS) .
+
+.PHONY: deps
+deps:
+	test/deps
+
+.PHONY: clean
+clean: ## Remove what the targets above have built.
+	rm -rf coredns build cover.out
+
+.PHONY: help
+help: ## Print this list.
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
