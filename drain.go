@@ -1,6 +1,8 @@
 package nodecache
 
 import (
+	"errors"
+	"fmt"
 	"sync/atomic"
 	"time"
 
@@ -32,6 +34,49 @@ func (c *counter) turn() (open func() int64) {
 // drainPoll is how often a drain looks whether it is done.
 const drainPoll = 2 * time.Millisecond
 
+// park takes this process's sockets on es out of the kernel's choice, at once
+// and without losing what is in them. A UDP socket that is connected is chosen
+// only for its peer's packets, and the peer here never sends; answers can still
+// be sent from it, as they name their destination. To close it would lose what
+// nobody has read yet, and the server that owns it would keep it open, unread,
+// until its last answer has left. A listening TCP socket is closed, and replaced
+// by one that nobody can reach, so that its server sees no error; connections
+// that were accepted go on.
+func park(es []endpoint) error {
+	socks, err := ownSockets()
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, e := range es {
+		for _, fd := range socks[e] {
+			var err error
+			switch {
+			case e.proto == "tcp":
+				err = replace(fd)
+			case e.addr.Is4():
+				err = unix.Connect(fd, &unix.SockaddrInet4{Addr: [4]byte{127, 255, 255, 254}, Port: 9}) // discard
+			default:
+				err = unix.Connect(fd, &unix.SockaddrInet6{Addr: [16]byte{15: 1}, Port: 9})
+			}
+			if err != nil {
+				errs = append(errs, fmt.Errorf("parking the socket on %s: %w", e, err))
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// replace closes the socket of fd and lets fd be an unbound one.
+func replace(fd int) error {
+	s, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(s)
+	return unix.Dup3(s, fd, unix.O_CLOEXEC)
+}
+
 // drain waits until the queries that have arrived on es are answered: first
 // until each socket's queue has been seen empty, then for the answers to what
 // was read. It returns how many were still open when limit had passed.
@@ -48,6 +93,8 @@ func (c *counter) drain(es []endpoint, limit time.Duration) (open int64, err err
 			}
 		}
 	}
+	// What was read just now counts when its goroutine has come to the handler.
+	time.Sleep(drainPoll)
 	left := c.turn()
 	for left() > 0 && time.Now().Before(deadline) {
 		time.Sleep(drainPoll)

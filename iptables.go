@@ -63,6 +63,7 @@ type xtables struct {
 	version string // "1.8.9 (nf_tables)"
 	written bool   // by this process
 	es      []endpoint
+	leaving []endpoint // of es
 	// noRecent is set where the kernel has no match recent, or its list can't be
 	// written: then only the address guards the rules for the node's own queries.
 	noRecent bool
@@ -166,7 +167,7 @@ func (x *xtables) ensure(es []endpoint) (missing int, err error) {
 	if err != nil {
 		return 0, err
 	}
-	x.es, x.written = slices.Clone(es), len(es) > 0
+	x.es, x.leaving, x.written = slices.Clone(es), nil, len(es) > 0
 	if len(es) > 0 && !x.noRecent && !writable(recentPath(es[0].addr)) {
 		x.noRecent = true
 		log.Warningf("%s can't be written: when this process dies, the node's own programs will not fall back to the cluster", recentPath(es[0].addr))
@@ -180,8 +181,12 @@ func (x *xtables) ensure(es []endpoint) (missing int, err error) {
 
 // leave rewrites the chains of the table raw without the rules for new UDP queries.
 func (x *xtables) leave(es []endpoint) error {
+	x.leaving = es
 	return x.restore(x.chains([]string{"raw"}, x.es, es))
 }
+
+// nft tells whether the programs are those of the variant iptables-nft.
+func (x *xtables) nft() bool { return strings.Contains(x.version, "nf_tables") }
 
 // table is what iptables-save says of our chains in one table.
 type table struct {

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"sync"
 	"syscall"
 
 	"github.com/vishvananda/netlink"
@@ -90,6 +91,8 @@ type netif struct {
 	name string
 	kind string // "dummy" or "tun"
 	made bool   // by this process; else it was there and is adopted
+	// index is the kernel's, once known: it stays when somebody renames the link.
+	index int
 }
 
 // ensureLink makes the link, or adopts the one that is there.
@@ -97,6 +100,9 @@ func (n *netif) ensureLink() (netlink.Link, error) {
 	l, err := linkByName(n.name)
 	if err != nil {
 		return nil, setupError(errInterfaceCheck, err)
+	}
+	if l == nil {
+		l = n.renamed()
 	}
 	if l == nil {
 		if err := n.add(); err != nil {
@@ -115,7 +121,28 @@ func (n *netif) ensureLink() (netlink.Link, error) {
 	if n.kind, err = linkKind(l); err != nil {
 		return nil, setupError(errInterfaceCheck, fmt.Errorf("interface %s: %w", n.name, err))
 	}
+	n.index = l.Attrs().Index
 	return l, nil
+}
+
+// renamed gives our link its name back, if that is all that it lacks.
+func (n *netif) renamed() netlink.Link {
+	l, err := netlink.LinkByIndex(n.index)
+	if n.index == 0 || err != nil {
+		return nil
+	}
+	if _, err := linkKind(l); err != nil {
+		return nil // the number stands for another link by now
+	}
+	// Kernels before 6.3 rename no link that is up. ensure sets it up again.
+	if err := errors.Join(netlink.LinkSetDown(l), netlink.LinkSetName(l, n.name)); err != nil {
+		log.Warningf("giving the link %s its name %s back: %v; making another", l.Attrs().Name, n.name, err)
+		return nil
+	}
+	if l, err = linkByName(n.name); err != nil {
+		return nil
+	}
+	return l
 }
 
 func cmpErr(err error, otherwise string) error {
@@ -125,12 +152,14 @@ func cmpErr(err error, otherwise string) error {
 	return errors.New(otherwise)
 }
 
+var sayTUN sync.Once
+
 func (n *netif) add() error {
 	attrs := netlink.NewLinkAttrs()
 	attrs.Name = n.name
 	err := netlink.LinkAdd(&netlink.Dummy{LinkAttrs: attrs})
 	if errors.Is(err, unix.EOPNOTSUPP) {
-		log.Infof("this kernel has no dummy driver; making %s a TUN device, which serves as well", n.name)
+		sayTUN.Do(func() { log.Infof("this kernel has no dummy driver; %s is a TUN device, which serves as well", n.name) })
 		err = netlink.LinkAdd(&netlink.Tuntap{LinkAttrs: attrs, Mode: netlink.TUNTAP_MODE_TUN, Flags: netlink.TUNTAP_DEFAULTS | netlink.TUNTAP_NO_PI})
 		if errors.Is(err, unix.ENOENT) {
 			err = fmt.Errorf("the kernel has neither a dummy driver nor %s: %w", netlink.TUN, err)

@@ -12,8 +12,7 @@ import (
 	"time"
 
 	"github.com/coredns/caddy"
-	"github.com/vishvananda/netlink/nl"
-	"golang.org/x/sys/unix"
+	"golang.org/x/time/rate"
 )
 
 const (
@@ -44,9 +43,16 @@ type node struct {
 	work      chan func()
 	poked     chan struct{} // rules of ours may be gone
 	reported  chan struct{} // links or addresses have changed, ours or others
+	ruleset   chan struct{} // nf_tables have changed, ours or others
 	startOnce sync.Once
 	ready     atomic.Bool
 	answering counter
+
+	member   *member
+	others   others // as of this process's last turn
+	watching bool
+	calm     *rate.Limiter // of repairs
+	fighting bool          // that limit was reached
 
 	running   *config // in force, nil before the first
 	starting  *config // of an instance that is on its way up
@@ -54,8 +60,8 @@ type node struct {
 	netifs    map[string]*netif
 	firewalls map[string]firewall
 	exited    bool
-	watching  bool
 	syncTick  *time.Ticker
+	syncEvery time.Duration
 }
 
 func newNode() *node {
@@ -63,7 +69,9 @@ func newNode() *node {
 		work:      make(chan func()),
 		poked:     make(chan struct{}, 1),
 		reported:  make(chan struct{}, 1),
-		want:      state{},
+		ruleset:   make(chan struct{}, 1),
+		member:    newMember(),
+		calm:      rate.NewLimiter(rate.Every(time.Second), 10),
 		netifs:    map[string]*netif{},
 		firewalls: map[string]firewall{},
 		syncTick:  time.NewTicker(defaultSync),
@@ -86,18 +94,43 @@ func (n *node) run() {
 		case f := <-n.work:
 			f()
 		case <-n.syncTick.C:
-			n.repair(false, "sync")
+			n.repair(false, "the check every "+n.syncEvery.String())
 		case <-n.poked:
-			n.repair(false, "noticing the rules gone")
+			n.onReport(n.poked, false)
 		case <-n.reported:
-			time.Sleep(burst)
-			select {
-			case <-n.reported:
-			default:
+			n.onReport(n.reported, true)
+		case <-n.ruleset:
+			if t, ok := n.firewalls[backendIPT].(*iptables); ok && !t.stands() {
+				poke(n.poked)
 			}
-			n.repair(true, "the kernel's report")
 		}
 	}
+}
+
+// tick has everything looked at every d.
+func (n *node) tick(d time.Duration) {
+	n.syncEvery = d
+	n.syncTick.Reset(d)
+}
+
+// onReport repairs what c has told of, and all else that comes in the same
+// burst. Against a program that removes our things again and again, it does so
+// once a second.
+func (n *node) onReport(c chan struct{}, links bool) {
+	if n.calm.Tokens() < 1 {
+		if !n.fighting {
+			n.fighting = true
+			log.Warningf("another program removes what nodecache needs again and again; it is put back once a second from now on")
+		}
+		time.AfterFunc(time.Second, func() { poke(c) })
+		return
+	}
+	time.Sleep(burst)
+	select {
+	case <-c:
+	default:
+	}
+	n.repair(links, "a report of the kernel")
 }
 
 // poke has c hold one token.
@@ -117,6 +150,24 @@ func (n *node) links() (names []string) {
 	return names
 }
 
+// inTurn runs f while no other process changes the node, knowing what they want.
+func (n *node) inTurn(f func() error) error {
+	end, err := turn()
+	if err != nil {
+		return err
+	}
+	defer end()
+	if n.others, err = n.member.ask(); err != nil {
+		return err
+	}
+	return f()
+}
+
+// show tells the other processes what this one wants, and what it serves.
+func (n *node) show(want state, serves []endpoint) error {
+	return n.member.show(presence{Links: want.links, Rules: show(want.rules[backendIPT]), Serves: show(serves)})
+}
+
 // start puts on the node what cfg wants, beside what is there for the
 // configuration in force. It is OnStartup: CoreDNS has not listened yet.
 func (n *node) start(cfg *config) error {
@@ -127,23 +178,46 @@ func (n *node) start(cfg *config) error {
 		began := time.Now()
 		was := n.want
 		want := was.union(cfg.state(false, n.resolve))
-		made, err := n.prepare(cfg, want)
-		if err == nil {
-			_, err = n.ensure(want)
+		// Shown before anything is made: who leaves meanwhile leaves it in place.
+		if err := n.show(want, n.serves()); err != nil {
+			return err
 		}
-		if err != nil {
+		err := n.inTurn(func() error {
+			made, err := n.prepare(cfg, want)
+			if err == nil {
+				_, err = n.ensure(want)
+			}
+			if err == nil {
+				return nil
+			}
 			err = count(err)
 			if undo := n.undo(was, made); undo != nil {
 				err = fmt.Errorf("%w; and taking back what had been done: %w", err, undo)
 			}
 			return err
+		})
+		if err != nil {
+			if n.running == nil {
+				n.member.hide()
+			} else if err := n.show(was, n.serves()); err != nil {
+				log.Errorf("%v", err)
+			}
+			return err
 		}
 		n.want, n.starting = want, cfg
-		n.syncTick.Reset(cfg.sync())
+		n.tick(cfg.sync())
 		n.watch()
 		go n.await(cfg, !caddy.Started(), began)
 		return nil
 	})
+}
+
+// serves returns what CoreDNS listens on for the configuration in force.
+func (n *node) serves() []endpoint {
+	if n.running == nil {
+		return nil
+	}
+	return n.running.listeners()
 }
 
 // made is what a start has added, to be taken back when it fails.
@@ -228,45 +302,61 @@ func (n *node) ensure(want state) (missing map[string]int, err error) {
 		missing[objectAddress] += len(gone)
 		errs = append(errs, err)
 	}
-	for b, es := range want.rules {
+	for b := range want.rules {
 		fw, err := n.backend(b)
 		if err != nil {
 			errs = append(errs, err)
 			continue
 		}
-		gone, err := fw.ensure(es)
+		gone, err := fw.ensure(n.withOthers(want).rules[b])
 		missing[objectRule] += gone
 		errs = append(errs, err)
 	}
 	return missing, errors.Join(errs...)
 }
 
+// withOthers returns want and what other processes want of what all share.
+func (n *node) withOthers(want state) state { return want.union(n.others.wants) }
+
 // rules makes the rules of want stand, and no others of ours.
 func (n *node) rules(want state) error {
 	var errs []error
 	for name, fw := range n.firewalls {
-		_, err := fw.ensure(want.rules[name])
+		_, err := fw.ensure(n.withOthers(want).rules[name])
 		errs = append(errs, err)
 	}
 	return errors.Join(errs...)
 }
 
-// reduce takes from the node what is there beyond want: rules first, since an
-// address that goes before its rules is a black hole.
+// reduce takes from the node what is there beyond want and the wants of other
+// processes: rules first, since an address that goes before its rules is a
+// black hole. It shows the others the new want in the same turn, so that the last
+// one to leave knows that it is.
 func (n *node) reduce(want state) error {
-	var err error
-	if !maps.EqualFunc(want.rules, n.want.rules, slices.Equal) {
-		err = n.rules(want)
-	}
-	n.want = want
-	return errors.Join(err, n.prune(want))
+	return n.inTurn(func() error {
+		if n.exited {
+			n.member.hide()
+		} else if err := n.show(want, n.serves()); err != nil {
+			return err
+		}
+		var err error
+		if !maps.EqualFunc(want.rules, n.want.rules, slices.Equal) && !n.others.unknown {
+			err = n.rules(want)
+		}
+		n.want = want
+		return errors.Join(err, n.prune(want))
+	})
 }
 
-// prune takes from our links what want does not have, and links left empty.
+// prune takes from our links what nobody wants, and links left empty.
 func (n *node) prune(want state) error {
+	if n.others.unknown {
+		return nil
+	}
 	var errs []error
+	all := n.withOthers(want)
 	for name, i := range n.netifs {
-		errs = append(errs, i.prune(want.links[name]))
+		errs = append(errs, i.prune(all.links[name]))
 		if len(want.links[name]) == 0 {
 			delete(n.netifs, name)
 		}
@@ -323,8 +413,8 @@ func (n *node) complete(cfg *config, began time.Time) {
 	}
 	switch {
 	case n.running == nil:
-		// Nothing of this process to wait for: what a process before us has left
-		// beyond our needs can go.
+		// Nothing of this process to wait for: what a process before it has left
+		// beyond its needs can go.
 		n.running, n.starting = cfg, nil
 		if err := n.reduce(target); err != nil {
 			log.Errorf("%v", count(err))
@@ -332,7 +422,7 @@ func (n *node) complete(cfg *config, began time.Time) {
 		}
 	case n.running != cfg:
 		// The old instance's servers are about to stop; their queries go on elsewhere.
-		n.leave(n.want.without(target))
+		n.leave(n.want.without(n.withOthers(target)))
 	}
 	n.ready.Store(true)
 	var kinds, fws []string
@@ -381,7 +471,7 @@ func (n *node) revert() error {
 			return nil
 		}
 		n.starting = nil
-		n.syncTick.Reset(n.running.sync())
+		n.tick(n.running.sync())
 		return count(n.reduce(n.running.state(false, n.resolve)))
 	})
 }
@@ -425,9 +515,16 @@ func (n *node) exit() {
 		}
 		began := time.Now()
 		kept := cfg.state(true, n.resolve)
-		gone := n.want.without(kept)
-		n.leave(gone)
-		if open, err := n.answering.drain(slices.Concat(slices.Collect(maps.Values(gone))...), drainLimit); err != nil {
+		var err error
+		if n.others, err = n.member.ask(); err != nil {
+			log.Errorf("%v", err)
+		}
+		n.leave(n.want.without(n.withOthers(kept)))
+		es := cfg.listeners()
+		if err := park(slices.DeleteFunc(slices.Clone(es), n.lastResort)); err != nil {
+			log.Errorf("%v", err)
+		}
+		if open, err := n.answering.drain(es, drainLimit); err != nil {
 			log.Errorf("%v", err)
 		} else if open > 0 {
 			log.Warningf("%d queries were not answered within %s", open, drainLimit)
@@ -436,13 +533,24 @@ func (n *node) exit() {
 			log.Errorf("%v", count(err))
 			return nil
 		}
-		if kept.empty() {
-			log.Infof("everything is taken back after %s", time.Since(began).Round(time.Millisecond))
-		} else {
-			log.Infof("skipteardown keeps the addresses and the rules in place")
+		took := time.Since(began).Round(time.Millisecond)
+		switch {
+		case !kept.empty():
+			log.Infof("left after %s; skipteardown keeps the addresses and the rules in place", took)
+		case !n.others.wants.empty() || n.others.unknown:
+			log.Infof("left after %s; what another process serves stays in place", took)
+		default:
+			log.Infof("everything is taken back after %s", took)
 		}
 		return nil
 	})
+}
+
+// lastResort tells whether a query to e has nowhere else to go: no other process
+// serves it, and no cluster does for a link-local address. It is then better to
+// answer to the end than to refuse.
+func (n *node) lastResort(e endpoint) bool {
+	return !n.others.serves[e] && e.addr.IsLinkLocalUnicast()
 }
 
 // repair puts back what somebody else has removed; with links, only links and
@@ -451,13 +559,18 @@ func (n *node) repair(links bool, why string) {
 	if n.want.empty() || n.exited {
 		return
 	}
-	want := n.want
+	var missing map[string]int
+	var err error
 	if links {
-		want.rules = nil
-	}
-	missing, err := n.ensure(want)
-	if err == nil && n.starting == nil {
-		err = n.prune(want)
+		missing, err = n.ensure(state{links: n.want.links})
+	} else {
+		err = n.inTurn(func() (err error) {
+			missing, err = n.ensure(n.want)
+			if err == nil && n.starting == nil {
+				err = n.prune(n.want)
+			}
+			return err
+		})
 	}
 	if err != nil {
 		log.Errorf("repairing: %v", count(err))
@@ -465,12 +578,17 @@ func (n *node) repair(links bool, why string) {
 	if !links || err != nil {
 		n.ready.Store(err == nil && n.running != nil)
 	}
+	var back []string
 	for _, object := range slices.Sorted(maps.Keys(missing)) {
 		if k := missing[object]; k > 0 {
 			repairs.WithLabelValues(object).Add(float64(k))
-			log.Warningf("somebody has removed what nodecache needs (%s, %d); put back on %s", object, k, why)
+			back = append(back, fmt.Sprintf("%d %s", k, object))
 		}
 	}
+	if len(back) > 0 && n.calm.Allow() && !n.fighting {
+		log.Warningf("put back what another program had removed (%s), noticed by %s", strings.Join(back, ", "), why)
+	}
+	n.fighting = n.fighting && n.calm.Tokens() < 5
 	n.serve()
 }
 
@@ -482,29 +600,4 @@ func (n *node) serve() {
 	for name, es := range n.running.state(false, n.resolve).rules {
 		n.firewalls[name].serve(es)
 	}
-}
-
-// watch has changes of links and addresses noticed as the kernel reports them.
-func (n *node) watch() {
-	if n.watching {
-		return
-	}
-	s, err := nl.Subscribe(unix.NETLINK_ROUTE, unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR)
-	if err != nil {
-		log.Warningf("subscribing to the kernel's reports of links and addresses: %v; what somebody removes comes back with the next sync", err)
-		return
-	}
-	n.watching = true
-	go func() {
-		for {
-			// What was reported does not matter: a look costs less than to keep
-			// track. ENOBUFS says that reports were lost, which calls for a look too.
-			_, _, err := s.Receive()
-			if err != nil && !errors.Is(err, unix.ENOBUFS) && !errors.Is(err, unix.EINTR) && !errors.Is(err, unix.EAGAIN) {
-				log.Warningf("reading the kernel's reports of links and addresses: %v; what somebody removes comes back with the next sync", err)
-				return
-			}
-			poke(n.reported)
-		}
-	}()
 }

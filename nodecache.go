@@ -10,17 +10,22 @@
 //     however it dies, queries to a ClusterIP fall through to kube-proxy.
 //  3. A reload never removes, not even for a moment, what the new configuration
 //     needs; one that fails leaves exactly what the old one needs.
-//  4. A planned exit answers what has arrived before the address goes. The rules
-//     for queries go first, so that later queries take the cluster's way.
-//  5. What somebody else removes comes back: at once where the kernel tells of
+//  4. Of several processes on one node the last one out tears down, and only
+//     then; nobody else has to be told. skipteardown leaves everything in place.
+//  5. A planned exit loses no query: what has arrived is answered, and what
+//     arrives later goes to whoever serves next, another process or the cluster.
+//  6. What somebody else removes comes back: at once where the kernel tells of
 //     it, else within the sync interval.
-//  6. What is not ours is never touched: an address that another link carries,
-//     a foreign rule, a foreign chain. After the exit the node reads as before.
-//  7. IPv4 and IPv6 are equals, in one process and in one server block.
+//  7. What is not ours is never touched: an address that another link carries,
+//     a foreign rule, a foreign chain. After the last one has left, the node
+//     reads as before.
+//  8. IPv4 and IPv6 are equals, in one process and in one server block.
 //
-// setup.go reads the directive; node.go owns what the process has on the node
-// and is the only one to change it, through netif.go (the interface and its
-// addresses) and a firewall (iptables.go, nftables.go).
+// setup.go reads the directive into a config (state.go); node.go owns what the
+// process has on the node and is the only one to change it, through netif.go
+// (the interface and its addresses) and a firewall (iptables.go, nftables.go).
+// members.go knows of the other processes, watch.go of what the kernel reports,
+// ports.go and sockets.go of who listens, drain.go of how to leave.
 package nodecache
 
 import (

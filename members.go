@@ -1,0 +1,196 @@
+package nodecache
+
+import (
+	"crypto/rand"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Several processes may serve on one node: a pair for high availability, or the
+// old and the new pod of an update. Each shows the others what it wants there
+// through a unix socket in the abstract namespace. Such a name belongs to the
+// network namespace, as do the link and the rules, and is gone when the process
+// is, however it died; so there is no file and no mount that they have to share.
+const (
+	memberPrefix = "@nodecache/member/"
+	lockName     = "@nodecache/lock"
+	// askLimit is how long another process may take to answer. One that does not
+	// answer is stopped or starved, and its wants are not known.
+	askLimit = time.Second
+	// turnLimit is how long to wait for the others to finish a change.
+	turnLimit = 10 * time.Second
+	turnPoll  = 2 * time.Millisecond
+)
+
+// presence is what one process shows the others.
+type presence struct {
+	Links map[string][]netip.Addr `json:"links"`
+	// Rules are those of the backend iptables, whose chains all processes share.
+	Rules []shownEndpoint `json:"rules"`
+	// Serves is what it listens on.
+	Serves []shownEndpoint `json:"serves"`
+}
+
+type shownEndpoint struct {
+	Addr  netip.Addr `json:"addr"`
+	Proto string     `json:"proto"`
+	Port  uint16     `json:"port"`
+	Extra bool       `json:"extra,omitempty"`
+}
+
+func show(es []endpoint) (ss []shownEndpoint) {
+	for _, e := range es {
+		ss = append(ss, shownEndpoint{e.addr, e.proto, e.port, e.extra})
+	}
+	return ss
+}
+
+func shown(ss []shownEndpoint) (es []endpoint) {
+	for _, s := range ss {
+		es = append(es, endpoint{s.Addr, s.Proto, s.Port, s.Extra})
+	}
+	return es
+}
+
+// others is what all other processes on the node want together.
+type others struct {
+	wants  state
+	serves map[endpoint]bool
+	// unknown is true when one of them did not answer: then nothing may be taken away.
+	unknown bool
+}
+
+// member is this process among those on the node.
+type member struct {
+	name     string
+	mu       sync.Mutex
+	shown    []byte
+	listener net.Listener
+}
+
+func newMember() *member {
+	id := make([]byte, 8) // a process's number is not unique among containers
+	rand.Read(id)
+	return &member{name: memberPrefix + hex.EncodeToString(id)}
+}
+
+// show has the others see p from now on.
+func (m *member) show(p presence) error {
+	b, err := json.Marshal(p)
+	if err != nil {
+		return fmt.Errorf("showing other processes what this one wants: %w", err)
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.shown = b
+	if m.listener != nil {
+		return nil
+	}
+	if m.listener, err = net.Listen("unix", m.name); err != nil {
+		return fmt.Errorf("listening on the unix socket %s: %w", m.name, err)
+	}
+	go m.answer(m.listener)
+	return nil
+}
+
+// hide ends that.
+func (m *member) hide() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.listener != nil {
+		m.listener.Close()
+		m.listener = nil
+	}
+}
+
+func (m *member) answer(l net.Listener) {
+	for {
+		c, err := l.Accept()
+		if err != nil {
+			return
+		}
+		m.mu.Lock()
+		b := m.shown
+		m.mu.Unlock()
+		c.SetDeadline(time.Now().Add(askLimit))
+		c.Write(b) // whoever asks no longer will ask again
+		c.Close()
+	}
+}
+
+// ask returns what the other processes want.
+func (m *member) ask() (others, error) {
+	o := others{wants: state{}, serves: map[endpoint]bool{}}
+	list, err := os.ReadFile("/proc/thread-self/net/unix")
+	if err != nil {
+		return o, fmt.Errorf("looking for other processes that serve here: %w", err)
+	}
+	seen := map[string]bool{m.name: true}
+	for line := range strings.Lines(string(list)) {
+		f := strings.Fields(line)
+		name := f[len(f)-1]
+		if !strings.HasPrefix(name, memberPrefix) || seen[name] {
+			continue
+		}
+		seen[name] = true // an accepted connection has its listener's name
+		p, err := askOne(name)
+		if errors.Is(err, unix.ECONNREFUSED) {
+			continue // gone since
+		}
+		if err != nil {
+			log.Warningf("asking another nodecache process what it needs: %v; nothing is taken away until it answers or ends", err)
+			o.unknown = true
+			continue
+		}
+		s := state{links: p.Links, rules: map[string][]endpoint{}}
+		if len(p.Rules) > 0 {
+			s.rules[backendIPT] = shown(p.Rules)
+		}
+		o.wants = o.wants.union(s)
+		for _, e := range shown(p.Serves) {
+			o.serves[e] = true
+		}
+	}
+	return o, nil
+}
+
+func askOne(name string) (p presence, err error) {
+	c, err := net.DialTimeout("unix", name, askLimit)
+	if err != nil {
+		return p, err
+	}
+	defer c.Close()
+	c.SetDeadline(time.Now().Add(askLimit))
+	return p, json.NewDecoder(c).Decode(&p)
+}
+
+// turn waits until no other process is changing the node's link or rules, and
+// returns what ends this process's turn. The kernel ends that of one that dies.
+func turn() (end func(), err error) {
+	deadline := time.Now().Add(turnLimit)
+	for {
+		l, err := net.Listen("unix", lockName)
+		if err == nil {
+			return func() { l.Close() }, nil
+		}
+		if !errors.Is(err, unix.EADDRINUSE) {
+			return nil, fmt.Errorf("listening on the unix socket %s: %w", lockName, err)
+		}
+		if time.Now().After(deadline) {
+			// Better to go on than to leave the node without its cache.
+			log.Warningf("another nodecache process has been changing the node for %s; going on without waiting for it", turnLimit)
+			return func() {}, nil
+		}
+		time.Sleep(turnPoll)
+	}
+}
