@@ -13,7 +13,7 @@ type firewall interface {
 	// has made before, and returns how many were missing. Nothing is left of it
 	// where es is empty.
 	ensure(es []endpoint) (missing int, err error)
-	// serve is told that this process listens on es, which ensure has seen.
+	// serve is told what this process listens on; ensure has seen all of es.
 	serve(es []endpoint)
 	// leave sends new UDP queries to es the way they would go without us, at
 	// once; what is under way (answers, TCP connections) stays out of connection
@@ -29,10 +29,13 @@ func (n *node) resolve(backend string) string {
 	if backend != backendAuto {
 		return backend
 	}
-	if _, err := exec.LookPath(ipv4.program()); err == nil {
-		return backendIPT
+	if n.auto == "" {
+		n.auto = backendIPT
+		if _, err := exec.LookPath(ipv4.program()); err != nil {
+			n.auto = backendNFT
+		}
 	}
-	return backendNFT
+	return n.auto
 }
 
 // backend returns the one firewall of that name.

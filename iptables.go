@@ -85,7 +85,6 @@ func (t *iptables) String() string {
 }
 
 func (t *iptables) ensure(es []endpoint) (missing int, err error) {
-	t.heart.only(es)
 	for _, f := range []family{ipv4, ipv6} {
 		x, own := t.families[f], ofFamily(es, f)
 		if len(own) == 0 && !x.written {
@@ -112,6 +111,7 @@ func ofFamily(es []endpoint, f family) []endpoint {
 }
 
 func (t *iptables) serve(es []endpoint) {
+	t.heart.only(es)
 	for _, f := range []family{ipv4, ipv6} {
 		if !t.families[f].noRecent {
 			t.heart.beat(ofFamily(es, f))

@@ -58,6 +58,12 @@ func (e typedError) Unwrap() error { return e.error }
 
 func setupError(errortype string, err error) error { return typedError{err, errortype} }
 
+// isFirewallError tells whether a firewall backend could not do its work at all.
+func isFirewallError(err error) bool {
+	var t typedError
+	return errors.As(err, &t) && t.errortype == errFirewall
+}
+
 // count counts err, once, where it is reported, and returns it.
 func count(err error) error {
 	var t typedError

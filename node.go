@@ -59,6 +59,7 @@ type node struct {
 	want      state   // what was last made to stand
 	netifs    map[string]*netif
 	firewalls map[string]firewall
+	auto      string // what the backend auto has come out as
 	exited    bool
 	syncTick  *time.Ticker
 	syncEvery time.Duration
@@ -175,41 +176,53 @@ func (n *node) start(cfg *config) error {
 		if n.exited {
 			return errors.New("the process is on its way out")
 		}
-		began := time.Now()
-		was := n.want
-		want := was.union(cfg.state(false, n.resolve))
-		// Shown before anything is made: who leaves meanwhile leaves it in place.
-		if err := n.show(want, n.serves()); err != nil {
-			return err
+		err := n.bring(cfg)
+		if n.running == nil && n.auto == backendIPT && cfg.auto() && isFirewallError(err) {
+			log.Warningf("iptables does not work here, trying nftables: %v", err)
+			n.auto = backendNFT
+			delete(n.firewalls, backendIPT)
+			err = n.bring(cfg)
 		}
-		err := n.inTurn(func() error {
-			made, err := n.prepare(cfg, want)
-			if err == nil {
-				_, err = n.ensure(want)
-			}
-			if err == nil {
-				return nil
-			}
-			err = count(err)
-			if undo := n.undo(was, made); undo != nil {
-				err = fmt.Errorf("%w; and taking back what had been done: %w", err, undo)
-			}
-			return err
-		})
-		if err != nil {
-			if n.running == nil {
-				n.member.hide()
-			} else if err := n.show(was, n.serves()); err != nil {
-				log.Errorf("%v", err)
-			}
-			return err
-		}
-		n.want, n.starting = want, cfg
-		n.tick(cfg.sync())
-		n.watch()
-		go n.await(cfg, !caddy.Started(), began)
-		return nil
+		return err
 	})
+}
+
+// bring is start's work.
+func (n *node) bring(cfg *config) error {
+	began := time.Now()
+	was := n.want
+	want := was.union(cfg.state(false, n.resolve))
+	// Shown before anything is made: who leaves meanwhile leaves it in place.
+	if err := n.show(want, n.serves()); err != nil {
+		return err
+	}
+	err := n.inTurn(func() error {
+		made, err := n.prepare(cfg, want)
+		if err == nil {
+			_, err = n.ensure(want)
+		}
+		if err == nil {
+			return nil
+		}
+		err = count(err)
+		if undo := n.undo(was, made); undo != nil {
+			err = fmt.Errorf("%w; and taking back what had been done: %w", err, undo)
+		}
+		return err
+	})
+	if err != nil {
+		if n.running == nil {
+			n.member.hide()
+		} else if err := n.show(was, n.serves()); err != nil {
+			log.Errorf("%v", err)
+		}
+		return err
+	}
+	n.want, n.starting = want, cfg
+	n.tick(cfg.sync())
+	n.watch()
+	go n.await(cfg, !caddy.Started(), began)
+	return nil
 }
 
 // serves returns what CoreDNS listens on for the configuration in force.
@@ -408,9 +421,7 @@ func (n *node) await(cfg *config, first bool, began time.Time) {
 // complete is called once CoreDNS listens on everything of cfg.
 func (n *node) complete(cfg *config, began time.Time) {
 	target := cfg.state(false, n.resolve)
-	for name, es := range target.rules {
-		n.firewalls[name].serve(es)
-	}
+	n.serve(n.want) // in a reload also what the old instance still listens on
 	switch {
 	case n.running == nil:
 		// Nothing of this process to wait for: what a process before it has left
@@ -472,7 +483,9 @@ func (n *node) revert() error {
 		}
 		n.starting = nil
 		n.tick(n.running.sync())
-		return count(n.reduce(n.running.state(false, n.resolve)))
+		err := count(n.reduce(n.running.state(false, n.resolve)))
+		n.serve(n.want)
+		return err
 	})
 }
 
@@ -487,6 +500,7 @@ func (n *node) replaced(cfg *config) error {
 		n.running, n.starting = n.starting, nil
 		want := n.running.state(false, n.resolve)
 		err := count(n.reduce(want))
+		n.serve(want)
 		if n.running == nil {
 			n.ready.Store(false)
 			n.syncTick.Stop()
@@ -589,15 +603,14 @@ func (n *node) repair(links bool, why string) {
 		log.Warningf("put back what another program had removed (%s), noticed by %s", strings.Join(back, ", "), why)
 	}
 	n.fighting = n.fighting && n.calm.Tokens() < 5
-	n.serve()
+	if n.running != nil && n.starting == nil {
+		n.serve(n.want)
+	}
 }
 
-// serve tells the firewalls what is listened on.
-func (n *node) serve() {
-	if n.running == nil {
-		return
-	}
-	for name, es := range n.running.state(false, n.resolve).rules {
-		n.firewalls[name].serve(es)
+// serve tells the firewalls that what want has rules for is listened on.
+func (n *node) serve(want state) {
+	for name, fw := range n.firewalls {
+		fw.serve(want.rules[name])
 	}
 }

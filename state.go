@@ -89,6 +89,16 @@ func (c *config) sync() time.Duration {
 	return cmp.Or(d, defaultSync)
 }
 
+// auto tells whether c leaves the choice of a backend to us.
+func (c *config) auto() bool {
+	for _, l := range c.links {
+		if l.backend == backendAuto {
+			return true
+		}
+	}
+	return false
+}
+
 // listeners returns what CoreDNS itself will listen on.
 func (c *config) listeners() []endpoint {
 	var es []endpoint
