@@ -6,15 +6,6 @@ import (
 
 	"github.com/coredns/coredns/core/dnsserver"
 	"github.com/coredns/coredns/coremain"
-
-	// Libraries of the nodecache plugin.
-	_ "github.com/coreos/go-iptables/iptables"
-	_ "github.com/google/nftables"
-	_ "github.com/miekg/dns"
-	_ "github.com/prometheus/client_golang/prometheus"
-	_ "github.com/prometheus/procfs"
-	_ "github.com/vishvananda/netlink"
-	_ "github.com/vishvananda/netns"
 )
 
 //go:generate go run ./generate
