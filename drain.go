@@ -17,11 +17,11 @@ type counter struct {
 	open       [2]atomic.Int64
 }
 
-// begin counts one query in; the function it returns counts it out.
-func (c *counter) begin() (end func()) {
+// begin counts one query in and returns where to count it out, with Add(-1).
+func (c *counter) begin() *atomic.Int64 {
 	n := &c.open[c.generation.Load()&1]
 	n.Add(1)
-	return func() { n.Add(-1) }
+	return n
 }
 
 // turn begins a new generation and returns how many queries of the one before

@@ -51,7 +51,8 @@ func (handler) Name() string { return "nodecache" }
 
 // ServeDNS implements plugin.Handler.
 func (h handler) ServeDNS(ctx context.Context, w dns.ResponseWriter, r *dns.Msg) (int, error) {
-	defer h.node.answering.begin()()
+	open := h.node.answering.begin()
+	defer open.Add(-1)
 	return plugin.NextOrFailure(h.Name(), h.next, ctx, w, r)
 }
 
