@@ -11,7 +11,7 @@ import (
 //go:generate go run ./generate
 
 func main() {
-	// CoreDNS's own list neither knows nodecache nor misses the plugins that are left out.
+	// CoreDNS's own list lacks nodecache, and names plugins that are not compiled in.
 	if err := dnsserver.SetDirectives(directives); err != nil {
 		log.Fatalf("Setting the order of plugins: %v", err)
 	}
