@@ -101,6 +101,7 @@ func (n *node) run() {
 		case <-n.reported:
 			n.onReport(n.reported, true)
 		case <-n.ruleset:
+			time.Sleep(burst)
 			if t, ok := n.firewalls[backendIPT].(*iptables); ok && !t.stands() {
 				poke(n.poked)
 			}
@@ -387,8 +388,8 @@ func (n *node) await(cfg *config, first bool, began time.Time) {
 		ok, err := listening(es)
 		switch {
 		case err != nil:
-			log.Errorf("%v", err)
-			return
+			log.Errorf("%v; taking it that CoreDNS listens", err)
+			since = began
 		case !ok:
 			since = time.Time{}
 		case since.IsZero():
@@ -475,15 +476,15 @@ func (n *node) restarting(cfg *config, yes bool) {
 	n.do(func() error { cfg.restarting = yes; return nil })
 }
 
-// revert is OnRestartFailed: the configuration in force stays.
-func (n *node) revert() error {
+// revert is OnRestartFailed of the instance of cfg, which goes on.
+func (n *node) revert(cfg *config) error {
 	return n.do(func() error {
-		if n.starting == nil || n.exited {
+		if n.starting == nil || n.starting == cfg || n.exited {
 			return nil
 		}
-		n.starting = nil
-		n.tick(n.running.sync())
-		err := count(n.reduce(n.running.state(false, n.resolve)))
+		n.running, n.starting = cfg, nil
+		n.tick(cfg.sync())
+		err := count(n.reduce(cfg.state(false, n.resolve)))
 		n.serve(n.want)
 		return err
 	})
@@ -494,16 +495,21 @@ func (n *node) revert() error {
 // servers still answer, and exit follows.
 func (n *node) replaced(cfg *config) error {
 	return n.do(func() error {
-		if !cfg.restarting || n.exited || n.running != cfg {
+		if !cfg.restarting || n.exited || n.running != cfg && n.starting != cfg {
 			return nil
 		}
-		n.running, n.starting = n.starting, nil
+		n.running = n.starting
+		if n.running == cfg {
+			n.running = nil
+		}
+		n.starting = nil
 		want := n.running.state(false, n.resolve)
 		err := count(n.reduce(want))
 		n.serve(want)
 		if n.running == nil {
 			n.ready.Store(false)
 			n.syncTick.Stop()
+			n.member.hide()
 			log.Infof("no server block has nodecache any more; everything is taken back")
 		}
 		return err
@@ -534,6 +540,9 @@ func (n *node) exit() {
 			log.Errorf("%v", err)
 		}
 		n.leave(n.want.without(n.withOthers(kept)))
+		if !kept.empty() && len(n.others.serves) == 0 {
+			n.serve(state{}) // the node's own programs need not wait for the rules to time out
+		}
 		es := cfg.listeners()
 		if err := park(slices.DeleteFunc(slices.Clone(es), n.lastResort)); err != nil {
 			log.Errorf("%v", err)

@@ -51,7 +51,7 @@ func setup(c *caddy.Controller) error {
 		c.Set(configKey{}, cfg)
 		c.OnStartup(func() error { return wrap(theNode.start(cfg)) })
 		c.OnRestart(func() error { theNode.restarting(cfg, true); return nil })
-		c.OnRestartFailed(func() error { theNode.restarting(cfg, false); return wrap(theNode.revert()) })
+		c.OnRestartFailed(func() error { theNode.restarting(cfg, false); return wrap(theNode.revert(cfg)) })
 		c.OnShutdown(func() error { return wrap(theNode.replaced(cfg)) })
 	}
 	dc.AddPlugin(func(next plugin.Handler) plugin.Handler { return handler{next: next, node: theNode} })
