@@ -45,6 +45,10 @@ full: ## Build ./coredns with all of CoreDNS's plugins.
 test: deps coredns ## Run all tests; those with network namespaces need root, and skip without.
 	go test -count=1 -timeout 40m ./...
 
+.PHONY: e2e
+e2e: deps coredns ## Run the end-to-end tests alone (needs root).
+	go test -count=1 -timeout 20m ./test/...
+
 .PHONY: test-kernel
 test-kernel: coredns ## Run the tests on Debian's kernel, which has the dummy driver, in QEMU.
 	test/deps ip iptables nft xz
@@ -106,4 +110,4 @@ clean: ## Remove what the targets above have built.
 
 .PHONY: help
 help: ## Print this list.
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "%-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)

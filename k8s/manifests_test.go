@@ -171,15 +171,16 @@ func checkCorefile(t *testing.T, corefile string) {
 	if strings.Contains(corefile, "{$") {
 		t.Errorf("the Corefile has a variable that nothing sets:\n%s", corefile)
 	}
-	if os.Getuid() != 0 {
-		t.Skip("reading the Corefile: nodecache needs root")
-	}
 	directives := []string{"reload", "bind", "nodecache", "ready", "health", "prometheus", "errors", "cache", "loop", "forward"}
 	if err := dnsserver.SetDirectives(directives); err != nil {
 		t.Fatal(err)
 	}
 	input := caddy.CaddyfileInput{Filepath: "Corefile", Contents: []byte(corefile), ServerTypeName: "dns"}
-	if err := caddy.ValidateAndExecuteDirectives(input, nil, true); err != nil {
+	err := caddy.ValidateAndExecuteDirectives(input, nil, true)
+	if err != nil && strings.Contains(err.Error(), "capability NET_ADMIN") {
+		t.Skipf("reading the Corefile needs root: %v", err)
+	}
+	if err != nil {
 		t.Errorf("%v\n%s", err, corefile)
 	}
 }
