@@ -24,6 +24,7 @@ import (
 	"strings"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 )
 
 // The addresses of the lab.
@@ -165,7 +166,7 @@ func lookPath(name string, env []string) (string, error) {
 func (l *Lab) wire() error {
 	for _, n := range []*Namespace{l.Node, l.Pod, l.DNS} {
 		err := n.Do(func() error {
-			// Without duplicate address detection an address can be used at once.
+			// Nor do links' own addresses need duplicate address detection.
 			for _, s := range []string{"all", "default"} {
 				if err := Sysctl("ipv6/conf/"+s+"/accept_dad", "0"); err != nil {
 					return err
@@ -272,6 +273,9 @@ func AddAddrs(name string, addrs ...string) error {
 		if err != nil {
 			return err
 		}
+		// Without it an IPv6 address can't be bound for a moment, even where
+		// duplicate address detection is switched off.
+		addr.Flags |= unix.IFA_F_NODAD
 		if err := netlink.AddrAdd(link, addr); err != nil {
 			return fmt.Errorf("adding %s to %s: %w", a, name, err)
 		}

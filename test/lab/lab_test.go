@@ -52,7 +52,8 @@ func TestClusterAnswers(t *testing.T) {
 							if n := l.Cluster.Queries() - asked; n != 100 {
 								t.Errorf("%d queries reached the cluster, want 100", n)
 							}
-							if n, err := l.Conntrack(to); n != 100 || err != nil {
+							// Two sockets can have had the same port, and so the same entry.
+							if n, err := l.Conntrack(to); n < 95 || n > 100 || err != nil {
 								t.Errorf("%d connection tracking entries, %v; want 100", n, err)
 							}
 							if n, err := l.Conntrack(LinkLocal); n != 0 || err != nil {

@@ -10,8 +10,10 @@ import (
 
 // Snapshot describes the node's links, addresses, routes and firewall: two nodes
 // with the same snapshot are the same to a packet. What tells nothing is left out:
-// counters, times, comments, the numbers of links, hardware addresses, and tables
-// in which there is nothing but the kernel's own chains.
+// counters, times, comments, the numbers of links, hardware addresses, the order of a
+// link's addresses, the local routes that the kernel makes for an address somewhat
+// later than the address, the random part of a table's name, and tables in which
+// there is nothing but the kernel's own chains.
 func (l *Lab) Snapshot() (string, error) {
 	var s strings.Builder
 	section := func(title, text string) {
@@ -31,7 +33,9 @@ func (l *Lab) Snapshot() (string, error) {
 		{"ip -6 rule", nil},
 		{"iptables-legacy-save", plainIptables},
 		{"ip6tables-legacy-save", plainIptables},
-		// What iptables-nft wrote stands in here too.
+		// nft shows these rules too, but not what all of them do.
+		{"iptables-nft-save", plainIptables},
+		{"ip6tables-nft-save", plainIptables},
 		{"nft list ruleset", plainNftables},
 	} {
 		words := strings.Fields(c.command)
@@ -73,15 +77,29 @@ var (
 func plainLinks(text string) string {
 	text = linkNumber.ReplaceAllString(text, "N: ")
 	text = peerNumber.ReplaceAllString(text, "@ifN")
-	return hardware.ReplaceAllString(text, "link/ether XX")
+	text = hardware.ReplaceAllString(text, "link/ether XX")
+	var out, addrs []string
+	for line := range strings.Lines(strings.ReplaceAll(text, "\n       valid_lft", " valid_lft")) {
+		line = strings.TrimRight(line, " \n")
+		if strings.HasPrefix(line, "    inet") {
+			addrs = append(addrs, line)
+			continue
+		}
+		slices.Sort(addrs)
+		out, addrs = append(append(out, addrs...), line), nil
+	}
+	slices.Sort(addrs)
+	return strings.Join(append(out, addrs...), "\n")
 }
 
 // plainRoutes sorts: where an address has been removed and added again, its routes
 // come last.
 func plainRoutes(text string) string {
-	lines := strings.Split(strings.TrimSpace(text), "\n")
-	for i := range lines {
-		lines[i] = strings.TrimSpace(lines[i])
+	var lines []string
+	for line := range strings.Lines(text) {
+		if line = strings.TrimSpace(line); !strings.Contains(line, " table local ") {
+			lines = append(lines, line)
+		}
 	}
 	slices.Sort(lines)
 	return strings.Join(lines, "\n")
@@ -116,6 +134,7 @@ func plainIptables(text string) string {
 var (
 	ruleCounters = regexp.MustCompile(`packets \d+ bytes \d+`)
 	expiry       = regexp.MustCompile(` expires \S+`)
+	ownerTable   = regexp.MustCompile(`table inet nodecache-\S+ \{.*`)
 )
 
 // plainNftables takes the output of nft list ruleset. The chains and the tables that
@@ -124,6 +143,7 @@ var (
 func plainNftables(text string) string {
 	text = ruleCounters.ReplaceAllString(text, "packets 0 bytes 0")
 	text = expiry.ReplaceAllString(text, "")
+	text = ownerTable.ReplaceAllString(text, "table inet nodecache-XX {")
 	var out []string
 	var table, chain []string // the lines of those that are open
 	content := false          // something other than an empty hook is in table
