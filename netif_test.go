@@ -1,0 +1,284 @@
+package nodecache
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"syscall"
+	"testing"
+
+	"github.com/vishvananda/netlink"
+)
+
+const testLink = "nctest0"
+
+// newTestLink makes the link as another process of ours would have.
+func newTestLink(t testing.TB, on ...string) *netif {
+	t.Helper()
+	needRoot(t)
+	cleanLinks(t)
+	n := &netif{name: testLink}
+	_, err := n.ensure(addrs(on...))
+	must(t, err)
+	t.Cleanup(func() { removeLink(t, testLink) })
+	return n
+}
+
+func wantCarried(t testing.TB, link string, want ...string) {
+	t.Helper()
+	w := addrs(want...)
+	slices.SortFunc(w, netip.Addr.Compare)
+	if got := carried(t, link); !slices.Equal(got, w) {
+		t.Errorf("%s carries %v, want %v", link, got, w)
+	}
+}
+
+func TestEnsureMakesLinkWithAddresses(t *testing.T) {
+	needRoot(t)
+	cleanLinks(t)
+	n := &netif{name: testLink}
+	missing, err := n.ensure(addrs("169.254.20.10", "10.96.0.10"))
+	must(t, err)
+	defer removeLink(t, testLink)
+	if want := addrs("169.254.20.10", "10.96.0.10"); !slices.Equal(missing, want) {
+		t.Errorf("missing were %v, want %v", missing, want)
+	}
+	if !n.made || n.kind != "dummy" && n.kind != "tun" {
+		t.Errorf("made is %v and kind %q", n.made, n.kind)
+	}
+	wantCarried(t, testLink, "169.254.20.10", "10.96.0.10")
+	l, err := linkByName(testLink)
+	must(t, err)
+	list, err := netlink.AddrList(l, netlink.FAMILY_V4)
+	must(t, err)
+	for _, a := range list {
+		if ones, _ := a.Mask.Size(); ones != 32 {
+			t.Errorf("%s is not a host address", a.IPNet)
+		}
+	}
+	// What is down, kubelet and other watchers do not take for an address of the node.
+	if l.Attrs().RawFlags&syscall.IFF_UP != 0 {
+		t.Error("the link is up, which IPv4 does not need")
+	}
+	if missing, err := n.ensure(addrs("169.254.20.10", "10.96.0.10")); err != nil || len(missing) != 0 {
+		t.Errorf("a second ensure has put back %v, error %v", missing, err)
+	}
+}
+
+func TestIPv6AddressIsUsableAtOnce(t *testing.T) {
+	newTestLink(t, "fd00:20::10", "169.254.20.10")
+	wantCarried(t, testLink, "169.254.20.10", "fd00:20::10") // and no generated fe80::
+	l, err := linkByName(testLink)
+	must(t, err)
+	if l.Attrs().RawFlags&syscall.IFF_UP == 0 {
+		t.Error("the link is down, and IPv6 does not answer then")
+	}
+	list, err := netlink.AddrList(l, netlink.FAMILY_V6)
+	must(t, err)
+	for _, a := range list {
+		if a.Flags&syscall.IFA_F_TENTATIVE != 0 || a.Flags&syscall.IFA_F_NODAD == 0 {
+			t.Errorf("%s has the flags %#x: bind fails while it is tentative", a.IPNet, a.Flags)
+		}
+		if ones, _ := a.Mask.Size(); ones != 128 {
+			t.Errorf("%s is not a host address", a.IPNet)
+		}
+	}
+	s, err := syscall.Socket(syscall.AF_INET6, syscall.SOCK_DGRAM, 0)
+	must(t, err)
+	defer syscall.Close(s)
+	if err := syscall.Bind(s, &syscall.SockaddrInet6{Port: 5300, Addr: addr("fd00:20::10").As16()}); err != nil {
+		t.Errorf("binding to the address: %v", err)
+	}
+}
+
+func TestEnsureAdoptsLinkAndAddsMissingAddress(t *testing.T) {
+	newTestLink(t, "169.254.20.10", "10.96.0.10")
+	before, err := linkByName(testLink)
+	must(t, err)
+
+	n := &netif{name: testLink}
+	missing, err := n.ensure(addrs("10.96.0.10", "fd00:20::10"))
+	must(t, err)
+	if n.made {
+		t.Error("the link counts as made, though it was there")
+	}
+	if want := addrs("fd00:20::10"); !slices.Equal(missing, want) {
+		t.Errorf("missing were %v, want %v", missing, want)
+	}
+	after, err := linkByName(testLink)
+	must(t, err)
+	if before.Attrs().Index != after.Attrs().Index {
+		t.Error("the link is another one")
+	}
+	wantCarried(t, testLink, "169.254.20.10", "10.96.0.10", "fd00:20::10") // ensure takes nothing away
+}
+
+func TestPruneTakesSurplusAddresses(t *testing.T) {
+	n := newTestLink(t, "169.254.20.10", "10.96.0.10", "fd00:20::10", "fd00:20::11")
+	must(t, n.prune(addrs("10.96.0.10", "fd00:20::11", "192.0.2.1"))) // adds nothing either
+	wantCarried(t, testLink, "10.96.0.10", "fd00:20::11")
+}
+
+func TestPruneLeavesAddressesOfAnotherPrefix(t *testing.T) {
+	n := newTestLink(t, "169.254.20.10")
+	addAddr(t, testLink, "192.0.2.1/24")
+	must(t, n.prune(addrs("169.254.20.10")))
+	wantCarried(t, testLink, "169.254.20.10", "192.0.2.1")
+}
+
+func TestPruneOfEverythingRemovesLink(t *testing.T) {
+	n := newTestLink(t, "169.254.20.10", "fd00:20::10")
+	must(t, n.prune(nil))
+	if got := carried(t, testLink); got != nil {
+		t.Errorf("the link is still there, with %v", got)
+	}
+	if err := n.prune(nil); err != nil {
+		t.Errorf("removing it again: %v", err)
+	}
+}
+
+func TestRemoveOfAddressThatIsGone(t *testing.T) {
+	n := newTestLink(t, "169.254.20.10")
+	l, err := linkByName(testLink)
+	must(t, err)
+	must(t, n.remove(l, addrs("10.96.0.10", "169.254.20.10")))
+	wantCarried(t, testLink)
+}
+
+func TestEnsureSetsLinkUpAgain(t *testing.T) {
+	n := newTestLink(t, "fd00:20::10")
+	l, err := linkByName(testLink)
+	must(t, err)
+	must(t, netlink.LinkSetDown(l)) // the kernel takes the IPv6 addresses away then
+	_, err = n.ensure(addrs("fd00:20::10"))
+	must(t, err)
+	wantCarried(t, testLink, "fd00:20::10")
+	l, err = linkByName(testLink)
+	must(t, err)
+	if l.Attrs().RawFlags&syscall.IFF_UP == 0 {
+		t.Error("the link is still down")
+	}
+}
+
+func TestEnsureGivesRenamedLinkItsNameBack(t *testing.T) {
+	n := newTestLink(t, "169.254.20.10", "fd00:20::10")
+	l, err := linkByName(testLink)
+	must(t, err)
+	must(t, netlink.LinkSetDown(l))
+	must(t, netlink.LinkSetName(l, "nctest9"))
+	must(t, netlink.LinkSetUp(l))
+	_, err = n.ensure(addrs("169.254.20.10", "fd00:20::10"))
+	must(t, err)
+	wantCarried(t, testLink, "169.254.20.10", "fd00:20::10")
+	again, err := linkByName(testLink)
+	must(t, err)
+	if again.Attrs().Index != l.Attrs().Index {
+		t.Error("the link is another one")
+	}
+	removeLink(t, "nctest9") // fails the test through cleanLinks if it were there
+}
+
+// newOtherLink makes a link of a type that can't be ours. A TAP device stands in
+// where the kernel has no bridges.
+func newOtherLink(t testing.TB, name string) {
+	t.Helper()
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name = name
+	err := netlink.LinkAdd(&netlink.Bridge{LinkAttrs: attrs})
+	if errors.Is(err, syscall.EOPNOTSUPP) {
+		err = netlink.LinkAdd(&netlink.Tuntap{LinkAttrs: attrs, Mode: netlink.TUNTAP_MODE_TAP, Flags: netlink.TUNTAP_DEFAULTS | netlink.TUNTAP_NO_PI})
+	}
+	must(t, err)
+	t.Cleanup(func() { removeLink(t, name) })
+}
+
+func TestLinkOfAnotherTypeIsRefused(t *testing.T) {
+	needRoot(t)
+	cleanLinks(t)
+	newOtherLink(t, testLink)
+	before := links(t)
+	n := &netif{name: testLink}
+	_, err := n.ensure(addrs("169.254.20.10"))
+	wantError(t, err, "interface nctest0: a link of this name exists and is of the type")
+	var typed typedError
+	if !errors.As(err, &typed) || typed.errortype != errInterfaceCheck {
+		t.Errorf("the error counts as %q, want %q", typed.errortype, errInterfaceCheck)
+	}
+	wantError(t, checkLink(testLink), "a link of this name exists")
+	wantError(t, checkLink("lo"), "a link of this name exists")
+	wantError(t, checkLink("nctest8"), "")
+	for _, keep := range [][]netip.Addr{nil, addrs("10.96.0.10")} {
+		if err := n.prune(keep); err != nil {
+			t.Errorf("prune: %v", err)
+		}
+	}
+	if after := links(t); !slices.Equal(before, after) {
+		t.Errorf("the links read %q, and %q before", after, before)
+	}
+}
+
+func TestAddressIsLeftToWhoWasFaster(t *testing.T) {
+	n := newTestLink(t, "169.254.20.10")
+	// With another prefix: not in the list of ours, and EEXIST for IPv6.
+	addAddr(t, testLink, "fd00:20::10/64")
+	missing, err := n.ensure(addrs("fd00:20::10"))
+	if err != nil || len(missing) != 0 {
+		t.Errorf("put back %v, error %v", missing, err)
+	}
+}
+
+func TestIPv6SwitchedOffIsNamed(t *testing.T) {
+	needRoot(t)
+	cleanLinks(t)
+	sysctl(t, "net/ipv6/conf/default/disable_ipv6", "1")
+	n := &netif{name: testLink}
+	missing, err := n.ensure(addrs("169.254.20.10", "fd00:20::10"))
+	defer removeLink(t, testLink)
+	wantError(t, err, "net.ipv6.conf.nctest0.disable_ipv6")
+	if want := addrs("169.254.20.10"); !slices.Equal(missing, want) {
+		t.Errorf("added were %v, want %v: a start that fails has to take them back", missing, want)
+	}
+}
+
+func TestAddressCarriersNamesAllLinks(t *testing.T) {
+	newTestLink(t, "169.254.20.10", "fd00:20::10")
+	addAddr(t, "lo", "169.254.20.10/32")
+	defer delAddr(t, "lo", "169.254.20.10/32")
+	carriers, err := addressCarriers()
+	must(t, err)
+	got := carriers[addr("169.254.20.10")]
+	slices.Sort(got)
+	if want := []string{"lo", testLink}; !slices.Equal(got, want) {
+		t.Errorf("169.254.20.10 is carried by %v, want %v", got, want)
+	}
+	if got := carriers[addr("fd00:20::10")]; !slices.Equal(got, []string{testLink}) {
+		t.Errorf("fd00:20::10 is carried by %v", got)
+	}
+	if got := carriers[addr("127.0.0.1")]; !slices.Equal(got, []string{"lo"}) {
+		t.Errorf("127.0.0.1 is carried by %v", got)
+	}
+}
+
+func TestInterruptedDumpIsRepeated(t *testing.T) {
+	for _, test := range []struct {
+		fails, calls int
+		err          error
+	}{{0, 1, nil}, {3, 4, nil}, {100, 11, netlink.ErrDumpInterrupted}} {
+		calls := 0
+		_, err := dumped(func() (int, error) {
+			if calls++; calls <= test.fails {
+				return 0, fmt.Errorf("dump: %w", netlink.ErrDumpInterrupted)
+			}
+			return 1, nil
+		})
+		if calls != test.calls || !errors.Is(err, test.err) {
+			t.Errorf("after %d failures: %d calls and the error %v, want %d and %v", test.fails, calls, err, test.calls, test.err)
+		}
+	}
+	other := errors.New("other")
+	calls := 0
+	if _, err := dumped(func() (int, error) { calls++; return 0, other }); calls != 1 || err != other {
+		t.Errorf("another error: %d calls and the error %v", calls, err)
+	}
+}
