@@ -1,0 +1,213 @@
+package nodecache
+
+import (
+	"net"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+)
+
+// newTwin returns another process's part, as newTestNode.
+func newTwin(t *testing.T) (*node, *fakeFirewall) {
+	t.Helper()
+	n, fw := newNode(), &fakeFirewall{t: t}
+	n.firewalls[backendIPT] = fw
+	t.Cleanup(n.exit)
+	return n, fw
+}
+
+func TestLastOneOutTearsDown(t *testing.T) {
+	a, aFW := newTestNode(t)
+	b, bFW := newTwin(t)
+	up(t, a, demand(t, "", "", "169.254.20.10", "10.96.0.10"))
+	up(t, b, demand(t, "", "", "169.254.20.10", "fd00:20::10"))
+	if rules, _ := bFW.stand(); list(rules) != dnsOf("10.96.0.10", "169.254.20.10", "fd00:20::10") {
+		t.Errorf("the second one, whose chains are the same, has rules for %v", rules)
+	}
+	aFW.heard()
+	a.exit()
+	wantCarried(t, testLink, "169.254.20.10", "fd00:20::10")
+	if calls := aFW.heard(); len(calls) == 0 || !strings.HasPrefix(calls[0], "leave "+dnsOf("10.96.0.10")+" on") {
+		t.Errorf("the first one leaves more than what is its own: %q", calls)
+	}
+	if rules, _ := aFW.stand(); list(rules) != dnsOf("169.254.20.10", "fd00:20::10") {
+		t.Errorf("the first one has left rules for %v", rules)
+	}
+	b.exit()
+	if rules, _ := bFW.stand(); len(rules) != 0 || carried(t, testLink) != nil {
+		t.Errorf("the last one has left rules for %v, and %v on the link", rules, carried(t, testLink))
+	}
+}
+
+func TestReloadKeepsTwinsAddress(t *testing.T) {
+	a, fw := newTestNode(t)
+	b, _ := newTwin(t)
+	old := demand(t, "", "", "169.254.20.10", "10.96.0.10")
+	socks := up(t, a, old)
+	up(t, b, demand(t, "", "", "10.96.0.10"))
+	gone := watchAddrs(t)
+	next := demand(t, "", "", "fd00:20::10")
+	a.restarting(old, true)
+	must(t, a.start(next))
+	serveOn(t, next.listeners()...)
+	fw.heard()
+	eventually(t, "the reload is complete", func() bool { return len(fw.heard()) > 0 })
+	closeAll(socks)
+	must(t, a.replaced(old))
+	wantCarried(t, testLink, "10.96.0.10", "fd00:20::10")
+	if got := gone(); !slices.Equal(got, []string{"169.254.20.10"}) {
+		t.Errorf("gone, if only for a moment, are %v", got)
+	}
+	if rules, _ := fw.stand(); list(rules) != dnsOf("10.96.0.10", "fd00:20::10") {
+		t.Errorf("rules stand for %v", rules)
+	}
+}
+
+func TestFailedStartKeepsTwinsAddress(t *testing.T) {
+	a, _ := newTestNode(t)
+	up(t, a, demand(t, "", "", "169.254.20.10"))
+	before := links(t)
+	b, fw := newTwin(t)
+	c, err := freebind.ListenPacket(t.Context(), "udp", "10.96.0.10:53")
+	must(t, err)
+	defer c.Close()
+	wantError(t, b.start(demand(t, "", "", "169.254.20.10", "10.96.0.10")), "10.96.0.10:53/udp is taken")
+	if after := links(t); !slices.Equal(before, after) {
+		t.Errorf("the links read %q, want %q", after, before)
+	}
+	if rules, _ := fw.stand(); list(rules) != dnsOf("169.254.20.10") {
+		t.Errorf("rules stand for %v, want the twin's", rules)
+	}
+	// It shows nothing any more: the first one is the last one out.
+	a.exit()
+	if carried(t, testLink) != nil {
+		t.Error("the link is left")
+	}
+}
+
+// stuck is a process that answers what it wants with text, or not at all.
+func stuck(t *testing.T, text string) (end func()) {
+	t.Helper()
+	l, err := net.Listen("unix", memberPrefix+"stuck")
+	must(t, err)
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			if text != "" {
+				c.Write([]byte(text))
+				c.Close()
+			}
+		}
+	}()
+	return func() { l.Close() }
+}
+
+func TestNothingIsTakenFromWhoDoesNotAnswer(t *testing.T) {
+	for name, text := range map[string]string{"stopped": "", "garbled": "{]"} {
+		t.Run(name, func(t *testing.T) {
+			n, fw := newTestNode(t)
+			up(t, n, demand(t, "", "", "169.254.20.10"))
+			end := stuck(t, text)
+			defer end()
+			fw.heard()
+			n.exit()
+			defer removeLink(t, testLink)
+			wantCarried(t, testLink, "169.254.20.10")
+			if rules, _ := fw.stand(); list(rules) != dnsOf("169.254.20.10") {
+				t.Errorf("rules stand for %v", rules)
+			}
+		})
+	}
+}
+
+func TestMemberShowsWhatItWantsUntilItHides(t *testing.T) {
+	needRoot(t)
+	a, b := newMember(), newMember()
+	defer b.hide()
+	p := presence{Links: map[string][]netip.Addr{testLink: addrs("169.254.20.10")}, Rules: show(dnsOn("fd00:20::10")), Serves: show([]endpoint{extraPort("10.96.0.10", 8080)})}
+	ask := func() others {
+		o, err := a.ask()
+		must(t, err)
+		return o
+	}
+	if o := ask(); !o.wants.empty() || len(o.serves) > 0 || o.unknown {
+		t.Errorf("before anybody shows: %+v", o)
+	}
+	must(t, b.show(p))
+	for range 2 { // an accepted connection is no further member
+		o := ask()
+		if got := o.wants.links[testLink]; list(got) != "169.254.20.10" {
+			t.Errorf("wanted on the link are %v", got)
+		}
+		if got := o.wants.rules[backendIPT]; list(got) != dnsOf("fd00:20::10") {
+			t.Errorf("wanted rules are for %v", got)
+		}
+		if !o.serves[extraPort("10.96.0.10", 8080)] || len(o.serves) != 1 || o.unknown {
+			t.Errorf("served are %v, unknown %v", o.serves, o.unknown)
+		}
+	}
+	must(t, b.show(presence{}))
+	if o := ask(); !o.wants.empty() || len(o.serves) > 0 {
+		t.Errorf("after it wants nothing: %+v", o)
+	}
+	b.hide()
+	b.hide()
+	if o := ask(); !o.wants.empty() || o.unknown {
+		t.Errorf("after it is gone: %+v", o)
+	}
+	must(t, b.show(p))
+	if o := ask(); o.wants.empty() {
+		t.Error("it shows itself again, unseen")
+	}
+	// To oneself one is no other.
+	if o, err := b.ask(); err != nil || !o.wants.empty() {
+		t.Errorf("it sees itself: %+v, error %v", o, err)
+	}
+}
+
+func TestTurnsDoNotOverlap(t *testing.T) {
+	needRoot(t)
+	end, err := turn()
+	must(t, err)
+	second := make(chan func(), 1)
+	asked := make(chan bool)
+	go func() {
+		close(asked)
+		end, err := turn()
+		if err != nil {
+			t.Error(err)
+		}
+		second <- end
+	}()
+	<-asked
+	if l, err := net.Listen("unix", lockName); err == nil {
+		l.Close()
+		t.Error("the turn is nobody's")
+	}
+	select {
+	case <-second:
+		t.Error("two have a turn at once")
+	default:
+	}
+	end()
+	(<-second)()
+	end, err = turn()
+	must(t, err)
+	end()
+}
+
+func TestWhoIsLastResortAnswersToTheEnd(t *testing.T) {
+	n := newNode()
+	ll, cluster := dnsOn("169.254.20.10")[0], dnsOn("10.96.0.10")[0]
+	if !n.lastResort(ll) || n.lastResort(cluster) {
+		t.Error("alone, it is the last resort for link-local addresses")
+	}
+	n.others.serves = map[endpoint]bool{ll: true}
+	if n.lastResort(ll) {
+		t.Error("a twin serves it")
+	}
+}
