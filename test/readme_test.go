@@ -1,0 +1,237 @@
+package e2e
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	_ "github.com/contentful-labs/coredns-nodecache" // its metrics
+	"github.com/contentful-labs/coredns-nodecache/test/lab"
+)
+
+func read(t *testing.T, path string) string {
+	t.Helper()
+	b, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
+}
+
+func readme(t *testing.T) string { return read(t, filepath.Join("..", "README.md")) }
+
+// A fenced is a block of code in the README.
+type fenced struct {
+	kind, text string
+	line       int
+}
+
+func fences(t *testing.T) (all []fenced) {
+	var open *fenced
+	number := 0
+	for line := range strings.Lines(readme(t)) {
+		number++
+		kind, fence := strings.CutPrefix(line, "~~~")
+		switch {
+		case fence && open == nil:
+			open = &fenced{kind: strings.TrimSpace(kind), line: number}
+		case fence:
+			all = append(all, *open)
+			open = nil
+		case open != nil:
+			open.text += line
+		}
+	}
+	if open != nil {
+		t.Fatalf("README.md:%d: the block has no end", open.line)
+	}
+	return all
+}
+
+// Every Corefile in the README works as it stands, on a node that has what a node and
+// a reader have: resolvers, a certificate, and for "bind eth0" an eth0.
+func TestReadmeCorefiles(t *testing.T) {
+	found := 0
+	for _, f := range fences(t) {
+		if f.kind != "corefile" {
+			continue
+		}
+		found++
+		t.Run(fmt.Sprintf("line-%d", f.line), func(t *testing.T) {
+			n := newNode(t, backend{iptables: lab.NFT})
+			resolvers := filepath.Join(n.Dir, "resolv.conf")
+			n.must(os.WriteFile(resolvers, []byte("nameserver "+lab.DNSAddr.String()+"\n"), 0o644))
+			cert, key := n.certificate()
+			corefile := strings.NewReplacer(
+				"/etc/resolv.conf", resolvers,
+				"/etc/coredns/tls.crt", cert,
+				"/etc/coredns/tls.key", key,
+			).Replace(f.text)
+			if strings.Contains(corefile, "bind eth0") {
+				n.eth0()
+			}
+
+			before := n.snapshot()
+			p := n.serve(corefile)
+			n.has(p.Log(), inPlace)
+			during := n.snapshot()
+			if changes := !strings.Contains(corefile, "interface none"); (during != before) != changes {
+				n.Errorf("the node is changed: %v, want %v", during != before, changes)
+			}
+			p.exit(syscall.SIGTERM)
+			want := before
+			if strings.Contains(corefile, "skipteardown") {
+				want = during
+			}
+			n.same("after the exit", want, n.snapshot())
+			for line := range strings.Lines(p.Log()) {
+				if strings.Contains(line, "[ERROR]") || strings.Contains(line, "[WARNING] plugin/nodecache") {
+					n.Error(line)
+				}
+			}
+		})
+	}
+	if found < 7 {
+		t.Errorf("%d Corefiles in the README, want at least 7", found)
+	}
+}
+
+// eth0 gives the node what a pod has: an eth0 with an address of each family, and the
+// link-local one that comes with it.
+func (n *node) eth0() {
+	n.Helper()
+	for _, command := range []string{
+		"ip link add eth0 type veth peer name eth0-peer",
+		"ip link set eth0 addrgenmode none",
+		"ip link set eth0-peer addrgenmode none",
+		"ip link set eth0 up",
+		"ip link set eth0-peer up",
+		"ip addr add 10.0.3.2/24 dev eth0",
+		"ip addr add fd00:3::2/64 dev eth0 nodad",
+		"ip addr add fe80::3:2/64 dev eth0 nodad",
+	} {
+		words := strings.Fields(command)
+		_, err := n.Node.Run(words[0], words[1:]...)
+		n.must(err)
+	}
+}
+
+// The README has every metric with its labels and its help, and no others.
+func TestReadmeMetrics(t *testing.T) {
+	const prefix = "coredns_nodecache_"
+	families, err := prometheus.DefaultGatherer.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var want []string
+	for _, f := range families {
+		if !strings.HasPrefix(f.GetName(), prefix) {
+			continue
+		}
+		var labels []string
+		for _, m := range f.GetMetric() {
+			for _, l := range m.GetLabel() {
+				if !slices.Contains(labels, l.GetName()) {
+					labels = append(labels, l.GetName())
+				}
+				if !strings.Contains(readme(t), "`"+l.GetValue()+"`") {
+					t.Errorf("the README has no %s=%q of %s", l.GetName(), l.GetValue(), f.GetName())
+				}
+			}
+		}
+		want = append(want, fmt.Sprintf("* `%s{%s}` - %s", f.GetName(), strings.Join(labels, ", "), f.GetHelp()))
+	}
+	var got []string
+	for line := range strings.Lines(readme(t)) {
+		if line = strings.TrimSpace(line); strings.HasPrefix(line, "* `"+prefix) {
+			got = append(got, line)
+		}
+	}
+	slices.Sort(want)
+	slices.Sort(got)
+	if len(want) == 0 || !slices.Equal(want, got) {
+		t.Errorf("the README's metrics are\n%s\nwant\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
+	}
+	named := regexp.MustCompile(prefix + `\w+`)
+	for _, name := range named.FindAllString(readme(t), -1) {
+		if !strings.Contains(strings.Join(want, "\n"), "`"+name+"{") {
+			t.Errorf("the README names the metric %s, which is not there", name)
+		}
+	}
+}
+
+// Whatever the README says to make can be made.
+func TestReadmeMakeTargets(t *testing.T) {
+	targets := regexp.MustCompile(`(?m)^([a-z0-9-]+):`)
+	var have []string
+	for _, m := range targets.FindAllStringSubmatch(read(t, filepath.Join("..", "Makefile")), -1) {
+		have = append(have, m[1])
+	}
+	// `make x` in a sentence, and lines of code.
+	commands := regexp.MustCompile("`(make[^`]*)`").FindAllStringSubmatch(readme(t), -1)
+	for _, f := range fences(t) {
+		for line := range strings.Lines(f.text) {
+			if f.kind == "sh" && strings.HasPrefix(line, "make") {
+				commands = append(commands, []string{line, line})
+			}
+		}
+	}
+	named := 0
+	for _, c := range commands {
+		words := strings.Fields(c[1])
+		for _, w := range words[1:] {
+			if strings.Contains(w, "=") {
+				continue
+			}
+			named++
+			if words[0] == "make" && !slices.Contains(have, w) {
+				t.Errorf("the README says %q, and the Makefile has no %s", strings.TrimSpace(c[1]), w)
+			}
+		}
+	}
+	if named < 5 {
+		t.Errorf("the README names %d targets, want at least 5", named)
+	}
+}
+
+// The messages that the README explains are those of the code. An ellipsis stands for
+// what differs from one time to the next.
+func TestReadmeMessages(t *testing.T) {
+	files, err := filepath.Glob(filepath.Join("..", "*.go"))
+	if err != nil || len(files) == 0 {
+		t.Fatalf("no source: %v", err)
+	}
+	var source strings.Builder
+	for _, f := range files {
+		if !strings.HasSuffix(f, "_test.go") {
+			source.WriteString(read(t, f))
+		}
+	}
+	_, table, _ := strings.Cut(readme(t), "\n### Errors\n")
+	table, _, _ = strings.Cut(table, "\n## ")
+	messages := 0
+	for line := range strings.Lines(table) {
+		if !strings.HasPrefix(line, "| `") {
+			continue
+		}
+		cell, _, _ := strings.Cut(line[2:], " | ")
+		for _, m := range regexp.MustCompile("`([^`]+)`").FindAllStringSubmatch(cell, -1) {
+			messages++
+			for part := range strings.SplitSeq(m[1], "…") {
+				if part = strings.TrimSpace(part); !strings.Contains(source.String(), part) {
+					t.Errorf("the README explains the message %q, but no code says %q", m[1], part)
+				}
+			}
+		}
+	}
+	if messages < 20 {
+		t.Errorf("%d messages in the README, want at least 20", messages)
+	}
+}
