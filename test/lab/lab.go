@@ -22,6 +22,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -165,16 +166,7 @@ func lookPath(name string, env []string) (string, error) {
 // wire joins the namespaces.
 func (l *Lab) wire() error {
 	for _, n := range []*Namespace{l.Node, l.Pod, l.DNS} {
-		err := n.Do(func() error {
-			// Nor do links' own addresses need duplicate address detection.
-			for _, s := range []string{"all", "default"} {
-				if err := Sysctl("ipv6/conf/"+s+"/accept_dad", "0"); err != nil {
-					return err
-				}
-			}
-			return setUp("lo")
-		})
-		if err != nil {
+		if err := n.Do(func() error { return setUp("lo") }); err != nil {
 			return err
 		}
 	}
@@ -197,17 +189,22 @@ func (l *Lab) wire() error {
 		addrs  []string
 		routes [][2]string // destination, gateway
 	}{
-		{l.Node, "to-pod", []string{"10.0.1.1/24", "fd00:1::1/64"}, nil},
+		{l.Node, "to-pod", []string{"10.0.1.1/24", "fd00:1::1/64", "fe80::1/64"}, nil},
 		// As a node has: without a default route nothing could be sent to the
 		// service's address, kube-proxy or not.
-		{l.Node, "to-dns", []string{"10.0.2.1/24", "fd00:2::1/64"},
+		{l.Node, "to-dns", []string{"10.0.2.1/24", "fd00:2::1/64", "fe80::1/64"},
 			[][2]string{{"0.0.0.0/0", "10.0.2.2"}, {"::/0", "fd00:2::2"}}},
-		{l.Pod, "eth0", []string{PodAddr.String() + "/24", PodAddr6.String() + "/64"},
+		{l.Pod, "eth0", []string{PodAddr.String() + "/24", PodAddr6.String() + "/64", "fe80::2/64"},
 			[][2]string{{"0.0.0.0/0", "10.0.1.1"}, {"::/0", "fd00:1::1"}}},
-		{l.DNS, "eth0", []string{DNSAddr.String() + "/24", DNSAddr6.String() + "/64"},
+		{l.DNS, "eth0", []string{DNSAddr.String() + "/24", DNSAddr6.String() + "/64", "fe80::2/64"},
 			[][2]string{{"10.0.1.0/24", "10.0.2.1"}, {"fd00:1::/64", "fd00:2::1"}}},
 	} {
 		err := side.ns.Do(func() error {
+			// A link-local address of the kernel's comes late, so each link is
+			// given one; without it, there is no neighbour discovery.
+			if err := Sysctl("ipv6/conf/"+side.link+"/addr_gen_mode", "1"); err != nil {
+				return err
+			}
 			if err := setUp(side.link); err != nil {
 				return err
 			}
@@ -230,7 +227,32 @@ func (l *Lab) wire() error {
 			return fmt.Errorf("setting up %s of %s: %w", side.link, side.ns.name, err)
 		}
 	}
+	// A link that is up reports its carrier somewhat later, and routes read
+	// otherwise until then.
+	for _, side := range []struct {
+		ns   *Namespace
+		link string
+	}{{l.Node, "to-pod"}, {l.Node, "to-dns"}, {l.Pod, "eth0"}, {l.DNS, "eth0"}} {
+		if err := side.ns.Do(func() error { return awaitCarrier(side.link) }); err != nil {
+			return err
+		}
+	}
 	return nil
+}
+
+func awaitCarrier(name string) error {
+	for late := time.Now().Add(Patience); ; time.Sleep(time.Millisecond) {
+		link, err := netlink.LinkByName(name)
+		if err != nil {
+			return fmt.Errorf("looking up %s: %w", name, err)
+		}
+		if link.Attrs().OperState == netlink.OperUp {
+			return nil
+		}
+		if time.Now().After(late) {
+			return fmt.Errorf("waiting for the carrier of %s: not within %v", name, Patience)
+		}
+	}
 }
 
 // join makes a pair of links: name in the namespace of this thread, eth0 in peer.

@@ -11,7 +11,7 @@ import (
 // Snapshot describes the node's links, addresses, routes and firewall: two nodes
 // with the same snapshot are the same to a packet. What tells nothing is left out:
 // counters, times, comments, the numbers of links, hardware addresses, the order of a
-// link's addresses, the local routes that the kernel makes for an address somewhat
+// link's addresses, of tables and of a table's chains, the local routes that the kernel makes for an address somewhat
 // later than the address, the random part of a table's name, and tables in which
 // there is nothing but the kernel's own chains.
 func (l *Lab) Snapshot() (string, error) {
@@ -109,26 +109,33 @@ var chainCounters = regexp.MustCompile(`\[\d+:\d+\]`)
 
 // plainIptables takes the output of iptables-save.
 func plainIptables(text string) string {
-	var out, table []string
+	var tables []string
+	var name string
+	var chains, rules []string
 	content := false
 	for line := range strings.Lines(text) {
 		line = strings.TrimSpace(chainCounters.ReplaceAllString(line, "[0:0]"))
 		switch {
 		case line == "", strings.HasPrefix(line, "#"):
-			continue
 		case strings.HasPrefix(line, "*"):
-			table, content = nil, false
+			name, chains, rules, content = line, nil, nil, false
 		case strings.HasPrefix(line, ":"):
+			chains = append(chains, line)
 			content = content || !strings.HasSuffix(line, " ACCEPT [0:0]")
 		case line != "COMMIT":
+			rules = append(rules, line)
 			content = true
-		}
-		table = append(table, line)
-		if line == "COMMIT" && content {
-			out = append(out, table...)
+		case content:
+			slices.Sort(chains)
+			// Chain by chain, in which alone the order says something.
+			slices.SortStableFunc(rules, func(a, b string) int {
+				return strings.Compare(strings.Fields(a)[1], strings.Fields(b)[1])
+			})
+			tables = append(tables, strings.Join(slices.Concat([]string{name}, chains, rules), "\n"))
 		}
 	}
-	return strings.Join(out, "\n")
+	slices.Sort(tables)
+	return strings.Join(tables, "\n")
 }
 
 var (
@@ -144,37 +151,37 @@ func plainNftables(text string) string {
 	text = ruleCounters.ReplaceAllString(text, "packets 0 bytes 0")
 	text = expiry.ReplaceAllString(text, "")
 	text = ownerTable.ReplaceAllString(text, "table inet nodecache-XX {")
-	var out []string
-	var table, chain []string // the lines of those that are open
-	content := false          // something other than an empty hook is in table
+	var tables, parts []string
+	var head string
+	var part []string // of the table: what is in it, a block each
+	content := false  // there is something other than an empty hook
 	for line := range strings.Lines(text) {
 		line = strings.TrimRight(line, "\n")
 		word := strings.TrimSpace(line)
 		switch {
 		case word == "", strings.HasPrefix(word, "#"):
-		case chain != nil:
-			chain = append(chain, line)
-			if word != "}" || strings.HasPrefix(line, "\t\t") {
-				continue
-			}
-			hook := len(chain) == 3 && strings.HasPrefix(strings.TrimSpace(chain[1]), "type ") &&
-				strings.HasSuffix(chain[1], "policy accept;")
-			if !hook {
-				table, content = append(table, chain...), true
-			}
-			chain = nil
-		case table == nil:
-			table, content = []string{line}, !strings.HasPrefix(word, "table ip ") && !strings.HasPrefix(word, "table ip6 ")
+		case head == "":
+			head, parts, part = line, nil, nil
+			content = !strings.HasPrefix(head, "table ip ") && !strings.HasPrefix(head, "table ip6 ")
 		case line == "}":
 			if content {
-				out = append(append(out, table...), line)
+				slices.Sort(parts)
+				tables = append(tables, strings.Join(slices.Concat([]string{head}, parts, []string{line}), "\n"))
 			}
-			table = nil
-		case strings.HasPrefix(word, "chain "):
-			chain = []string{line}
+			head = ""
 		default:
-			table, content = append(table, line), true
+			part = append(part, line)
+			if strings.HasPrefix(line, "\t\t") || strings.HasSuffix(line, "{") {
+				continue // inside a block
+			}
+			hook := len(part) == 3 && strings.HasPrefix(strings.TrimSpace(part[1]), "type ") &&
+				strings.HasSuffix(part[1], "policy accept;")
+			if !hook {
+				parts, content = append(parts, strings.Join(part, "\n")), true
+			}
+			part = nil
 		}
 	}
-	return strings.Join(out, "\n")
+	slices.Sort(tables)
+	return strings.Join(tables, "\n")
 }
