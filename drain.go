@@ -67,13 +67,20 @@ func park(es []endpoint) error {
 	return errors.Join(errs...)
 }
 
-// replace closes the socket of fd and lets fd be an unbound one.
+// replace closes the socket of fd and lets fd be one on which nobody can call. It
+// listens, since the server's next accept would fail on one that does not.
 func replace(fd int) error {
-	s, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+	s, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return err
 	}
 	defer unix.Close(s)
+	if err := unix.Bind(s, &unix.SockaddrUnix{}); err != nil { // to a name of the kernel's choice
+		return err
+	}
+	if err := unix.Listen(s, 1); err != nil {
+		return err
+	}
 	return unix.Dup3(s, fd, unix.O_CLOEXEC)
 }
 

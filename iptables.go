@@ -12,6 +12,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	goiptables "github.com/coreos/go-iptables/iptables"
@@ -420,6 +421,8 @@ func (x *xtables) run(program string, stdin []byte, args ...string) (stdout stri
 	defer cancel()
 	cmd := exec.CommandContext(ctx, program, args...)
 	cmd.WaitDelay = time.Second
+	// A signal to CoreDNS's process group, as from a terminal, must not end it half way.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	cmd.Stdin = bytes.NewReader(stdin)
 	var out, errs bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &errs

@@ -199,15 +199,3 @@ func TestTurnsDoNotOverlap(t *testing.T) {
 	must(t, err)
 	end()
 }
-
-func TestWhoIsLastResortAnswersToTheEnd(t *testing.T) {
-	n := newNode()
-	ll, cluster := dnsOn("169.254.20.10")[0], dnsOn("10.96.0.10")[0]
-	if !n.lastResort(ll) || n.lastResort(cluster) {
-		t.Error("alone, it is the last resort for link-local addresses")
-	}
-	n.others.serves = map[endpoint]bool{ll: true}
-	if n.lastResort(ll) {
-		t.Error("a twin serves it")
-	}
-}

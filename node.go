@@ -221,7 +221,9 @@ func (n *node) bring(cfg *config) error {
 	}
 	n.want, n.starting = want, cfg
 	n.tick(cfg.sync())
-	n.watch()
+	if !want.empty() {
+		n.watch()
+	}
 	go n.await(cfg, !caddy.Started(), began)
 	return nil
 }
@@ -240,19 +242,17 @@ type made map[*netif][]netip.Addr
 // prepare makes the links, tries the ports, and adds the addresses.
 func (n *node) prepare(cfg *config, want state) (made, error) {
 	added := made{}
-	devices := map[string]int{}
 	for name := range want.links {
 		if n.netifs[name] == nil {
 			n.netifs[name] = &netif{name: name}
 		}
-		l, err := n.netifs[name].ensureLink()
+		_, err := n.netifs[name].ensureLink()
 		if n.netifs[name].made {
 			added[n.netifs[name]] = nil
 		}
 		if err != nil {
 			return added, err
 		}
-		devices[name] = l.Attrs().Index
 	}
 	mine := map[endpoint]bool{}
 	if n.running != nil {
@@ -261,10 +261,10 @@ func (n *node) prepare(cfg *config, want state) (made, error) {
 		}
 	}
 	for _, e := range cfg.listeners() {
-		if mine[e] {
+		if mine[e] || e.proto == "udp" && cfg.addrs[e.addr].foreign {
 			continue
 		}
-		if err := tryPort(e, devices[cfg.wants[e].link]); err != nil {
+		if err := tryPort(e); err != nil {
 			return added, errorAt(cfg.wants[e].at, "%w", err)
 		}
 	}
@@ -510,7 +510,7 @@ func (n *node) replaced(cfg *config) error {
 			n.ready.Store(false)
 			n.syncTick.Stop()
 			n.member.hide()
-			log.Infof("no server block has nodecache any more; everything is taken back")
+			log.Infof("no server block has nodecache any more; nothing of it is on the node any more")
 		}
 		return err
 	})
@@ -543,37 +543,60 @@ func (n *node) exit() {
 		if !kept.empty() && len(n.others.serves) == 0 {
 			n.serve(state{}) // the node's own programs need not wait for the rules to time out
 		}
-		es := cfg.listeners()
-		if err := park(slices.DeleteFunc(slices.Clone(es), n.lastResort)); err != nil {
-			log.Errorf("%v", err)
-		}
-		if open, err := n.answering.drain(es, drainLimit); err != nil {
-			log.Errorf("%v", err)
-		} else if open > 0 {
-			log.Warningf("%d queries were not answered within %s", open, drainLimit)
-		}
+		n.drain(cfg.listeners(), !kept.empty(), began.Add(drainLimit))
 		if err := n.reduce(kept); err != nil {
 			log.Errorf("%v", count(err))
 			return nil
 		}
 		took := time.Since(began).Round(time.Millisecond)
-		switch {
-		case !kept.empty():
-			log.Infof("left after %s; skipteardown keeps the addresses and the rules in place", took)
+		switch _, rulesGo := n.firewalls[backendNFT]; {
 		case !n.others.wants.empty() || n.others.unknown:
 			log.Infof("left after %s; what another process serves stays in place", took)
+		case kept.empty():
+			log.Infof("left after %s; nothing of nodecache is on the node any more", took)
+		case rulesGo:
+			log.Infof("left after %s; skipteardown keeps the addresses, but nftables' rules go with the process", took)
 		default:
-			log.Infof("everything is taken back after %s", took)
+			log.Infof("left after %s; skipteardown keeps the addresses and the rules in place", took)
 		}
 		return nil
 	})
 }
 
-// lastResort tells whether a query to e has nowhere else to go: no other process
-// serves it, and no cluster does for a link-local address. It is then better to
-// answer to the end than to refuse.
-func (n *node) lastResort(e endpoint) bool {
-	return !n.others.serves[e] && e.addr.IsLinkLocalUnicast()
+// drain answers what has arrived on es. First the sockets whose queries another
+// process takes over are parked. The others answer on: their addresses may have
+// nobody else, and new queries to a ClusterIP do not come any more, but for TCP,
+// whose rules must stay for the connections that there are. So then the listening
+// sockets go, and with them the guard lets new connections pass by. Where address
+// and rules stay (kept), the same goes for UDP in the end.
+func (n *node) drain(es []endpoint, kept bool, deadline time.Time) {
+	var shared, tcp, udp []endpoint
+	for _, e := range es {
+		switch {
+		case n.others.serves[e]:
+			shared = append(shared, e)
+		case e.proto == "tcp":
+			tcp = append(tcp, e)
+		case kept:
+			udp = append(udp, e)
+		}
+	}
+	var open int64
+	for i, leaving := range [][]endpoint{shared, tcp, udp} {
+		if i > 0 && len(leaving) == 0 {
+			continue
+		}
+		err := park(leaving)
+		if err == nil {
+			open, err = n.answering.drain(es, time.Until(deadline))
+		}
+		if err != nil {
+			log.Errorf("leaving: %v", err)
+		}
+	}
+	if open > 0 {
+		log.Warningf("%d queries were not answered within %s", open, drainLimit)
+	}
 }
 
 // repair puts back what somebody else has removed; with links, only links and

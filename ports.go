@@ -16,20 +16,25 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// loopback is the index of the device lo in every network namespace.
+const loopback = 1
+
 // tryPort tells whether CoreDNS will be able to listen on e, before the address
 // is on the node: a start that fails once it is there leaves the address behind,
-// as CoreDNS calls nobody then. Any socket that is bound joins the SO_REUSEPORT
-// group, so for UDP it is bound to the device with this index as well: nothing
-// ever arrives through it, and so no query is taken from a twin that serves.
-func tryPort(e endpoint, device int) error {
+// as CoreDNS calls nobody then. A socket that is bound joins its SO_REUSEPORT
+// group, so for UDP it is bound to lo as well, through which nothing comes for an
+// address that another link carries or will carry: to the kernel even the node's
+// own queries come in through that link (rt_iif, ip_route_output_key_hash_rcu in
+// net/ipv4/route.c; ip6_rcv_core). So no query is taken from a twin that serves.
+func tryPort(e endpoint) error {
 	domain, typ := unix.AF_INET, unix.SOCK_STREAM
 	var sa unix.Sockaddr = &unix.SockaddrInet4{Addr: as4(e.addr), Port: int(e.port)}
 	if e.addr.Is6() {
 		domain, sa = unix.AF_INET6, &unix.SockaddrInet6{Addr: e.addr.As16(), Port: int(e.port)}
 	}
 	if e.proto == "udp" {
-		if device == 0 {
-			return nil // no device to hide behind: let CoreDNS try
+		if e.addr.IsLoopback() {
+			return nil // nowhere to hide: let CoreDNS try
 		}
 		typ = unix.SOCK_DGRAM
 	}
@@ -52,7 +57,7 @@ func tryPort(e endpoint, device int) error {
 	if typ == unix.SOCK_STREAM {
 		set(unix.SOL_SOCKET, unix.SO_REUSEADDR, 1) // as Go's listeners do
 	} else {
-		set(unix.SOL_SOCKET, unix.SO_BINDTOIFINDEX, device)
+		set(unix.SOL_SOCKET, unix.SO_BINDTOIFINDEX, loopback)
 	}
 	if err != nil {
 		log.Debugf("trying %s before CoreDNS does: %v", e, err) // kernels before 5.1

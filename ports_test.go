@@ -11,14 +11,6 @@ import (
 	"time"
 )
 
-// device returns the number of the test's link.
-func device(t testing.TB) int {
-	t.Helper()
-	l, err := linkByName(testLink)
-	must(t, err)
-	return l.Attrs().Index
-}
-
 func TestTakenPortIsNamedWithItsHolder(t *testing.T) {
 	newTestLink(t, "169.254.20.10", "fd00:20::10")
 	comm, err := os.ReadFile("/proc/self/comm")
@@ -58,14 +50,14 @@ func TestTakenPortIsNamedWithItsHolder(t *testing.T) {
 				close = l.Close
 			}
 			defer close()
-			err := tryPort(e, device(t))
+			err := tryPort(e)
 			if test.bound == "" {
 				wantError(t, err, "")
 				return
 			}
 			wantError(t, err, fmt.Sprintf("%s is taken by %s (process %d, bound to %s): end that program", e, strings.TrimSpace(string(comm)), os.Getpid(), test.bound))
 			close()
-			wantError(t, tryPort(e, device(t)), "")
+			wantError(t, tryPort(e), "")
 		})
 	}
 }
@@ -80,16 +72,16 @@ func TestReuseportTwinIsNoConflict(t *testing.T) {
 	newTestLink(t, "169.254.20.10", "fd00:20::10")
 	for _, e := range dnsOn("169.254.20.10", "fd00:20::10") {
 		serveOn(t, e)
-		wantError(t, tryPort(e, device(t)), "")
+		wantError(t, tryPort(e), "")
 	}
 }
 
-func TestUDPPortIsNotTriedWithoutDevice(t *testing.T) {
+func TestUDPPortOnLoopbackIsNotTried(t *testing.T) {
 	e := local(t, "127.0.0.1", "udp")
 	c, err := net.ListenPacket("udp", netip.AddrPortFrom(e.addr, e.port).String())
 	must(t, err)
 	defer c.Close()
-	wantError(t, tryPort(e, 0), "") // it would take a twin's queries
+	wantError(t, tryPort(e), "") // it would take a twin's queries
 }
 
 // A socket that is bound takes its share of the queries at once. Of those that
@@ -109,7 +101,7 @@ func TestTryingPortTakesNoQueryFromTwin(t *testing.T) {
 					return
 				default:
 				}
-				if err := tryPort(e, device(t)); err != nil {
+				if err := tryPort(e); err != nil {
 					t.Error(err)
 					return
 				}
