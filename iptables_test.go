@@ -470,15 +470,26 @@ func TestLeaveTakesRulesForNewUDPQueriesOnly(t *testing.T) {
 		for f, x := range fw.families {
 			wantChains(t, v, x, ofFamily(es, f), ofFamily(gone, f))
 		}
-		text := v.rules(t)
-		for _, line := range []string{"queries to 169.254.20.10:53/udp", "queries of this node to [fd00:20::10]:53/udp"} {
-			if raw := text[:strings.Index(text, "*filter")]; strings.Contains(raw, line) {
-				t.Errorf("%q is still in the table raw:\n%s", line, raw)
+		for program, want := range map[string]struct{ gone, left []string }{
+			"iptables-save": {
+				[]string{"queries to 169.254.20.10:53/udp", "queries of this node to 169.254.20.10:53/udp"},
+				[]string{"queries to 169.254.20.10:53/tcp", "queries of this node to 169.254.20.10:53/tcp", "answers from 169.254.20.10:53/udp", "queries to 10.96.0.10:53/udp"},
+			},
+			"ip6tables-save": {
+				[]string{"queries to [fd00:20::10]:53/udp", "queries of this node to [fd00:20::10]:53/udp"},
+				[]string{"queries to [fd00:20::10]:53/tcp", "answers from [fd00:20::10]:53/udp"},
+			},
+		} {
+			raw := v.run(t, program, "-t", "raw")
+			for _, what := range want.gone {
+				if strings.Contains(raw, "nodecache: "+what) {
+					t.Errorf("%q is still there:\n%s", what, raw)
+				}
 			}
-		}
-		for _, line := range []string{"queries to 169.254.20.10:53/tcp", "answers from 169.254.20.10:53/udp", "queries to 10.96.0.10:53/udp"} {
-			if !strings.Contains(text, line) {
-				t.Errorf("%q is gone:\n%s", line, text)
+			for _, what := range want.left {
+				if !strings.Contains(raw, "nodecache: "+what) {
+					t.Errorf("%q is gone:\n%s", what, raw)
+				}
 			}
 		}
 		if v.name == "nft" && !fw.stands() {

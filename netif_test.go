@@ -228,6 +228,17 @@ func TestAddressIsLeftToWhoWasFaster(t *testing.T) {
 	}
 }
 
+func TestAddressOfAnotherPrefixIsNotTakenForOurs(t *testing.T) {
+	n := newTestLink(t, "169.254.20.10")
+	addAddr(t, testLink, "192.0.2.1/24") // its owner may take it away
+	missing, err := n.ensure(addrs("192.0.2.1"))
+	must(t, err)
+	if want := addrs("192.0.2.1"); !slices.Equal(missing, want) {
+		t.Errorf("missing were %v, want %v", missing, want)
+	}
+	wantCarried(t, testLink, "169.254.20.10", "192.0.2.1", "192.0.2.1")
+}
+
 func TestIPv6SwitchedOffIsNamed(t *testing.T) {
 	needRoot(t)
 	cleanLinks(t)

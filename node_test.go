@@ -177,9 +177,11 @@ func TestExitTakesRulesBeforeAddresses(t *testing.T) {
 	if n.ready.Load() {
 		t.Error("it is still ready")
 	}
+	n.exit()
 	if err := n.start(demand(t, "", "", "169.254.20.10")); err == nil {
 		t.Error("a start after the exit")
 	}
+	wantCalls(t, fw)
 }
 
 func TestExitWithoutStart(t *testing.T) {
@@ -236,6 +238,12 @@ func TestExitAnswersWhatHasArrived(t *testing.T) {
 	}
 }
 
+// running returns how many goroutines are in one of node's methods.
+func running(method string) int {
+	stacks := make([]byte, 1<<20)
+	return strings.Count(string(stacks[:runtime.Stack(stacks, true)]), "nodecache.(*node)."+method+"(")
+}
+
 func TestSecondExitWaitsForFirst(t *testing.T) {
 	n, fw := newTestNode(t)
 	up(t, n, demand(t, "", "", "169.254.20.10"))
@@ -255,11 +263,7 @@ func TestSecondExitWaitsForFirst(t *testing.T) {
 	both.Go(exit)
 	<-entered
 	both.Go(exit)
-	eventually(t, "the second one waits, or has returned", func() bool {
-		stacks := make([]byte, 1<<20)
-		stacks = stacks[:runtime.Stack(stacks, true)]
-		return returned.Load() > 0 || strings.Count(string(stacks), "nodecache.(*node).exit(") == 2
-	})
+	eventually(t, "the second one waits, or has returned", func() bool { return returned.Load() > 0 || running("exit") == 2 })
 	if returned.Load() > 0 {
 		t.Error("the second exit has not waited")
 	}
@@ -460,6 +464,7 @@ func TestReloadBeforeFirstIsUp(t *testing.T) {
 	serveOn(t, next.listeners()...)
 	must(t, n.replaced(first))
 	eventually(t, "the new one is complete", n.ready.Load)
+	eventually(t, "nobody waits for the first one any more", func() bool { return running("await") == 0 })
 	wantCarried(t, testLink, "10.96.0.10")
 	if rules, _ := fw.stand(); list(rules) != dnsOf("10.96.0.10") {
 		t.Errorf("the rules are for %v", rules)
