@@ -229,7 +229,7 @@ func diff(want, got string) string {
 		return ""
 	}
 	var out strings.Builder
-	count := map[string]int{}
+	count, lines := map[string]int{}, 0
 	section := ""
 	note := func(text string, by int) {
 		for line := range strings.Lines(text) {
@@ -252,13 +252,23 @@ func diff(want, got string) string {
 			if strings.HasPrefix(line, "== ") {
 				section = line
 			}
-			if side.is(count[section+line]) {
-				fmt.Fprintf(&out, "%s%s  %s", side.mark, strings.TrimSpace(section), line)
+			if !side.is(count[section+line]) {
+				continue
 			}
+			if lines++; lines > 60 {
+				fmt.Fprintln(&out, "and more")
+				return out.String()
+			}
+			fmt.Fprintf(&out, "%s%s  %s", side.mark, strings.TrimSpace(section), line)
 		}
 	}
 	if out.Len() == 0 {
-		return "the same lines in another order:\n" + want + "\n" + got
+		w, g := strings.Split(want, "\n"), strings.Split(got, "\n")
+		for i := range w {
+			if i < len(g) && w[i] != g[i] {
+				return fmt.Sprintf("the same lines in another order: in line %d %q instead of %q in\n%s", i, g[i], w[i], got)
+			}
+		}
 	}
 	return out.String()
 }

@@ -72,12 +72,14 @@ var (
 	linkNumber = regexp.MustCompile(`(?m)^\d+: `)
 	peerNumber = regexp.MustCompile(`@if\d+`)
 	hardware   = regexp.MustCompile(`link/ether [0-9a-f:]+`)
+	qdisc      = regexp.MustCompile(` qdisc \S+`)
 )
 
 func plainLinks(text string) string {
 	text = linkNumber.ReplaceAllString(text, "N: ")
 	text = peerNumber.ReplaceAllString(text, "@ifN")
 	text = hardware.ReplaceAllString(text, "link/ether XX")
+	text = qdisc.ReplaceAllString(text, "") // of a link that is down: whether it ever was up
 	var out, addrs []string
 	for line := range strings.Lines(strings.ReplaceAll(text, "\n       valid_lft", " valid_lft")) {
 		line = strings.TrimRight(line, " \n")
