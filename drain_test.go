@@ -144,8 +144,13 @@ func TestDrainIsBounded(t *testing.T) {
 	_, err := dialUDP(t, e).Write([]byte("x"))
 	must(t, err)
 	var d counter
-	if n, err := d.drain([]endpoint{e}, time.Millisecond); n != 0 || err != nil {
+	const limit = 20 * time.Millisecond
+	began := time.Now()
+	if n, err := d.drain([]endpoint{e}, limit); n != 0 || err != nil {
 		t.Errorf("%d are open, error %v; want none", n, err)
+	}
+	if took := time.Since(began); took < limit {
+		t.Errorf("a datagram that nobody reads is waited for %s, want %s", took, limit)
 	}
 	_, err = s.udp.Read(make([]byte, 10)) // it is still there: a drain takes nothing
 	must(t, err)
@@ -310,6 +315,7 @@ func TestParkedTCPListenerKeepsItsConnections(t *testing.T) {
 		// Its server goes on to accept, and must not end for an error.
 		accepted := make(chan error, 1)
 		go func() { _, err := ours.tcp.Accept(); accepted <- err }()
+		must(t, other.tcp.(*net.TCPListener).SetDeadline(time.Now().Add(30*time.Second)))
 		for range 20 {
 			c, err := net.Dial("tcp", at)
 			must(t, err)
