@@ -16,6 +16,7 @@ import (
 	"time"
 
 	goiptables "github.com/coreos/go-iptables/iptables"
+	"github.com/google/nftables"
 )
 
 // hooks are our chains, and where each is jumped to from.
@@ -99,6 +100,36 @@ func (t *iptables) ensure(es []endpoint) (missing int, err error) {
 		err = errors.Join(err, e)
 	}
 	return missing, err
+}
+
+// iptablesLeft tells, without running a program, whether there may be chains of
+// ours: seen through nf_tables, or in the legacy variant's table raw, which most
+// nodes do not have and nobody else can look into.
+func iptablesLeft() bool {
+	for _, names := range []string{"ip_tables_names", "ip6_tables_names"} {
+		if b, err := os.ReadFile("/proc/thread-self/net/" + names); err == nil && slices.Contains(strings.Fields(string(b)), "raw") {
+			return true
+		}
+	}
+	conn, err := nftables.New()
+	if err != nil {
+		return false
+	}
+	chains, err := conn.ListChains()
+	return err == nil && slices.ContainsFunc(chains, func(c *nftables.Chain) bool {
+		return slices.ContainsFunc(hooks, func(h hook) bool { return h.chain == c.Name })
+	})
+}
+
+// sweep removes what a killed process has left, where the programs are there.
+func (t *iptables) sweep() (err error) {
+	for _, f := range []family{ipv4, ipv6} {
+		if _, missing := exec.LookPath(f.program() + "-save"); missing == nil {
+			_, e := t.families[f].ensure(nil)
+			err = errors.Join(err, e)
+		}
+	}
+	return err
 }
 
 func ofFamily(es []endpoint, f family) []endpoint {
@@ -462,12 +493,12 @@ func writable(path string) bool {
 type heart struct {
 	flushed func()
 	mu      sync.Mutex
-	files   map[netip.Addr]*os.File // nil until the list could be opened
-	stop    chan struct{}           // closes to end the goroutine; nil while none runs
+	addrs   map[netip.Addr]bool
+	stop    chan struct{} // closes to end the goroutine; nil while none runs
 }
 
 func newHeart(flushed func()) *heart {
-	return &heart{flushed: flushed, files: map[netip.Addr]*os.File{}}
+	return &heart{flushed: flushed, addrs: map[netip.Addr]bool{}}
 }
 
 // beat starts to keep the rules for the addresses of es in force.
@@ -475,31 +506,26 @@ func (h *heart) beat(es []endpoint) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	for _, e := range es {
-		if _, ok := h.files[e.addr]; !ok {
-			h.files[e.addr] = nil
-		}
+		h.addrs[e.addr] = true
 	}
 	h.write()
-	if h.stop == nil && len(h.files) > 0 {
+	if h.stop == nil && len(h.addrs) > 0 {
 		h.stop = make(chan struct{})
 		go h.run(h.stop)
 	}
 }
 
-// only ends the beat for every address that is not in es.
+// only puts the rules for every address that is not in es out of force.
 func (h *heart) only(es []endpoint) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	for a, f := range h.files {
+	for a := range h.addrs {
 		if !slices.ContainsFunc(es, func(e endpoint) bool { return e.addr == a }) {
-			if f != nil {
-				fmt.Fprintf(f, "-%s\n", a)
-				f.Close()
-			}
-			delete(h.files, a)
+			tell('-', a) // where there is no list there is no rule
+			delete(h.addrs, a)
 		}
 	}
-	if len(h.files) == 0 && h.stop != nil {
+	if len(h.addrs) == 0 && h.stop != nil {
 		close(h.stop)
 		h.stop = nil
 	}
@@ -525,24 +551,21 @@ func (h *heart) run(stop <-chan struct{}) {
 
 // write renews every list and tells whether one is gone, and with it the rules.
 func (h *heart) write() (gone bool) {
-	for a, f := range h.files {
-		// The file outlives its list when the rules are flushed and written again.
-		if f != nil {
-			if _, err := fmt.Fprintf(f, "+%s\n", a); err == nil {
-				continue
-			}
-			f.Close()
+	for a := range h.addrs {
+		if tell('+', a) != nil {
+			gone = true
 		}
-		f, err := os.OpenFile(recentPath(a), os.O_WRONLY, 0)
-		if err != nil {
-			h.files[a], gone = nil, true
-			continue
-		}
-		if _, err := fmt.Fprintf(f, "+%s\n", a); err != nil {
-			f.Close()
-			f, gone = nil, true
-		}
-		h.files[a] = f
 	}
 	return gone
+}
+
+// tell writes to an address's list that it has (+) the address or has it no more
+// (-). The kernel takes one such line for each time that the file is opened.
+func tell(sign byte, a netip.Addr) error {
+	f, err := os.OpenFile(recentPath(a), os.O_WRONLY, 0)
+	if err != nil {
+		return err
+	}
+	_, err = fmt.Fprintf(f, "%c%s\n", sign, a)
+	return errors.Join(err, f.Close())
 }

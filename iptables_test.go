@@ -568,8 +568,8 @@ func TestRulesWithoutMatchRecent(t *testing.T) {
 		if text := v.rules(t); !strings.Contains(text, "--dst-type LOCAL") || strings.Contains(text, "recent") {
 			t.Errorf("not the rules without recent:\n%s", text)
 		}
-		if len(fw.heart.files) != 0 {
-			t.Errorf("the heart beats for %v, whose lists are not there", fw.heart.files)
+		if len(fw.heart.addrs) != 0 {
+			t.Errorf("the heart beats for %v, whose lists are not there", fw.heart.addrs)
 		}
 		if n, err := fw.ensure(es); n != 0 || err != nil {
 			t.Errorf("a second ensure found %d missing, error %v", n, err)

@@ -3,6 +3,7 @@ package nodecache
 import (
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"slices"
 	"sync"
@@ -239,6 +240,12 @@ func (n *netif) remove(l netlink.Link, addrs []netip.Addr) error {
 		if err := netlink.AddrDel(l, netlinkAddr(a)); err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) {
 			return fmt.Errorf("removing %s from %s: %w", a, n.name, err)
 		}
+		// The kernel lets a route that unprefer has changed stay, and with it nobody
+		// else on the network could be reached at this address.
+		if a.Is6() {
+			continue
+		}
+		netlink.RouteDel(&netlink.Route{LinkIndex: l.Attrs().Index, Dst: netlink.NewIPNet(a.AsSlice()), Table: unix.RT_TABLE_LOCAL, Type: unix.RTN_LOCAL, Scope: netlink.SCOPE_HOST})
 	}
 	return nil
 }
@@ -259,6 +266,34 @@ func (n *netif) addrs(l netlink.Link) ([]netip.Addr, error) {
 		}
 	}
 	return addrs, nil
+}
+
+// unprefer has the node's own programs send to addrs from another address of the
+// node from now on. By default they send from the address itself, and an answer of
+// the cluster that comes when it has gone finds nobody. It does what it can: a node
+// without a default route has no such other address, and the kernel lets nobody
+// replace the route to its own IPv6 address.
+func (n *netif) unprefer(addrs []netip.Addr) {
+	l, err := linkByName(n.name)
+	if err != nil || l == nil {
+		return
+	}
+	for _, a := range addrs {
+		if a.Is6() {
+			continue
+		}
+		routes, err := netlink.RouteGet(net.IPv4(192, 0, 2, 1)) // of the documentation, RFC 5737
+		if err != nil || len(routes) == 0 || len(routes[0].Src) == 0 {
+			continue
+		}
+		err = netlink.RouteReplace(&netlink.Route{
+			LinkIndex: l.Attrs().Index, Dst: netlink.NewIPNet(a.AsSlice()), Src: routes[0].Src,
+			Table: unix.RT_TABLE_LOCAL, Type: unix.RTN_LOCAL, Scope: netlink.SCOPE_HOST, Protocol: unix.RTPROT_KERNEL,
+		})
+		if err != nil {
+			log.Debugf("preferring %s as the source of queries to %s: %v", routes[0].Src, a, err)
+		}
+	}
 }
 
 func netlinkAddr(a netip.Addr) *netlink.Addr {

@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
@@ -103,13 +104,20 @@ func (t *nft) serve(es []endpoint) {
 		return
 	}
 	for s, has := range t.has {
-		var new []endpoint
+		var new, gone []endpoint
 		for _, e := range es {
 			if s.role != roleAnswers && familyOf(e.addr) == s.family && !has[e] {
 				new = append(new, e)
 			}
 		}
-		t.change(s, new, nil)
+		for e := range has {
+			// Where there is no socket the rule for queries is out of force anyway,
+			// and it has to stay for connections that are still open.
+			if s.role == roleClients && !slices.Contains(es, e) {
+				gone = append(gone, e)
+			}
+		}
+		t.change(s, new, gone)
 	}
 	if err := t.flush("writing"); err != nil {
 		log.Errorf("%v", count(err))

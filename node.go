@@ -53,6 +53,7 @@ type node struct {
 	watching bool
 	calm     *rate.Limiter // of repairs
 	fighting bool          // that limit was reached
+	left     bool          // rules are less than want, since leave
 
 	running   *config // in force, nil before the first
 	starting  *config // of an instance that is on its way up
@@ -219,6 +220,9 @@ func (n *node) bring(cfg *config) error {
 		}
 		return err
 	}
+	// What cfg does not have is left while the old servers still read: they stop to
+	// read, with their sockets open, as soon as the new ones listen.
+	n.leave(was.without(n.withOthers(cfg.state(false, n.resolve))))
 	n.want, n.starting = want, cfg
 	n.tick(cfg.sync())
 	if !want.empty() {
@@ -251,6 +255,9 @@ func (n *node) prepare(cfg *config, want state) (made, error) {
 			added[n.netifs[name]] = nil
 		}
 		if err != nil {
+			if !n.netifs[name].made && len(n.want.links[name]) == 0 {
+				delete(n.netifs, name) // not ours
+			}
 			return added, err
 		}
 	}
@@ -354,12 +361,25 @@ func (n *node) reduce(want state) error {
 			return err
 		}
 		var err error
-		if !maps.EqualFunc(want.rules, n.want.rules, slices.Equal) && !n.others.unknown {
+		if (n.left || !maps.EqualFunc(want.rules, n.want.rules, slices.Equal)) && !n.others.unknown {
 			err = n.rules(want)
+			n.left = err != nil
 		}
+		n.sweep()
 		n.want = want
 		return errors.Join(err, n.prune(want))
 	})
+}
+
+// sweep removes what a killed process with the backend iptables has left, where
+// this one has nftables and so would never look there.
+func (n *node) sweep() {
+	if n.firewalls[backendNFT] == nil || n.firewalls[backendIPT] != nil || n.others.unknown || len(n.others.wants.rules[backendIPT]) > 0 || !iptablesLeft() {
+		return
+	}
+	if err := newIPTables(func() {}).sweep(); err != nil {
+		log.Warningf("looking for iptables rules that another nodecache process has left: %v", err)
+	}
 }
 
 // prune takes from our links what nobody wants, and links left empty.
@@ -423,8 +443,7 @@ func (n *node) await(cfg *config, first bool, began time.Time) {
 func (n *node) complete(cfg *config, began time.Time) {
 	target := cfg.state(false, n.resolve)
 	n.serve(n.want) // in a reload also what the old instance still listens on
-	switch {
-	case n.running == nil:
+	if n.running == nil {
 		// Nothing of this process to wait for: what a process before it has left
 		// beyond its needs can go.
 		n.running, n.starting = cfg, nil
@@ -432,9 +451,6 @@ func (n *node) complete(cfg *config, began time.Time) {
 			log.Errorf("%v", count(err))
 			return
 		}
-	case n.running != cfg:
-		// The old instance's servers are about to stop; their queries go on elsewhere.
-		n.leave(n.want.without(n.withOthers(target)))
 	}
 	n.ready.Store(true)
 	var kinds, fws []string
@@ -461,9 +477,11 @@ func orNone(s []string, none string) string {
 	return strings.Join(s, ", ")
 }
 
+// leave has the firewalls leave endpoints. The next reduce writes rules again.
 func (n *node) leave(gone map[string][]endpoint) {
 	for name, es := range gone {
 		if fw := n.firewalls[name]; fw != nil {
+			n.left = true
 			if err := fw.leave(es); err != nil {
 				log.Errorf("%v", count(err))
 			}
@@ -479,7 +497,7 @@ func (n *node) restarting(cfg *config, yes bool) {
 // revert is OnRestartFailed of the instance of cfg, which goes on.
 func (n *node) revert(cfg *config) error {
 	return n.do(func() error {
-		if n.starting == nil || n.starting == cfg || n.exited {
+		if (n.starting == nil || n.starting == cfg) && !n.left || n.exited {
 			return nil
 		}
 		n.running, n.starting = cfg, nil
@@ -539,10 +557,12 @@ func (n *node) exit() {
 		if n.others, err = n.member.ask(); err != nil {
 			log.Errorf("%v", err)
 		}
-		n.leave(n.want.without(n.withOthers(kept)))
-		if !kept.empty() && len(n.others.serves) == 0 {
-			n.serve(state{}) // the node's own programs need not wait for the rules to time out
+		for name, i := range n.netifs {
+			i.unprefer(slices.DeleteFunc(slices.Clone(n.want.links[name]), func(a netip.Addr) bool {
+				return slices.Contains(n.withOthers(kept).links[name], a)
+			}))
 		}
+		n.leave(n.want.without(n.withOthers(kept)))
 		n.drain(cfg.listeners(), !kept.empty(), began.Add(drainLimit))
 		if err := n.reduce(kept); err != nil {
 			log.Errorf("%v", count(err))
@@ -583,8 +603,12 @@ func (n *node) drain(es []endpoint, kept bool, deadline time.Time) {
 	}
 	var open int64
 	for i, leaving := range [][]endpoint{shared, tcp, udp} {
-		if i > 0 && len(leaving) == 0 {
+		if i == 2 && len(leaving) == 0 {
 			continue
+		}
+		if i == 1 {
+			// The node's own programs have no guard that knows of sockets.
+			n.serve(n.onlyShared())
 		}
 		err := park(leaving)
 		if err == nil {
@@ -597,6 +621,31 @@ func (n *node) drain(es []endpoint, kept bool, deadline time.Time) {
 	if open > 0 {
 		log.Warningf("%d queries were not answered within %s", open, drainLimit)
 	}
+}
+
+// onlyShared returns what of want other processes serve too.
+func (n *node) onlyShared() state {
+	s := state{rules: map[string][]endpoint{}}
+	for b, es := range n.want.rules {
+		for _, e := range es {
+			if n.others.serves[e] {
+				s.rules[b] = append(s.rules[b], e)
+			}
+		}
+	}
+	return s
+}
+
+// dropped is called when a Corefile without the directive has been read. The
+// instance in force is about to stop if that Corefile turns out to be good; else
+// revert follows.
+func (n *node) dropped() {
+	n.do(func() error {
+		if n.running != nil && n.running.restarting && !n.exited {
+			n.leave(n.want.without(n.others.wants))
+		}
+		return nil
+	})
 }
 
 // repair puts back what somebody else has removed; with links, only links and

@@ -170,7 +170,8 @@ func TestExitTakesRulesBeforeAddresses(t *testing.T) {
 	es := dnsOf("169.254.20.10", "fd00:20::10")
 	fw.heard()
 	n.exit()
-	wantCalls(t, fw, "leave "+es+" on 169.254.20.10,fd00:20::10", "ensure  on 169.254.20.10,fd00:20::10")
+	// Before the listening sockets go the node's own programs go elsewhere.
+	wantCalls(t, fw, "leave "+es+" on 169.254.20.10,fd00:20::10", "serve  on 169.254.20.10,fd00:20::10", "ensure  on 169.254.20.10,fd00:20::10")
 	if got := carried(t, testLink); got != nil {
 		t.Errorf("the link is left, with %v", got)
 	}

@@ -21,7 +21,18 @@ func init() {
 	plugin.Register(directiveName, setup)
 	// The one place that every way out passes (SIGTERM, SIGINT, SIGQUIT).
 	caddy.OnProcessExit = append(caddy.OnProcessExit, func() { theNode.exit() })
+	// Called for each Corefile that is read, with the directive in it or without.
+	caddy.RegisterParsingCallback("dns", directiveName, func(ctx caddy.Context) error {
+		if ctx != lastSetup {
+			theNode.dropped()
+		}
+		return nil
+	})
 }
+
+// lastSetup is the instance whose setup was the last to be called. Corefiles are
+// read one after the other.
+var lastSetup caddy.Context
 
 // configKey is where the blocks of one instance share their config.
 type configKey struct{}
@@ -32,6 +43,7 @@ func setup(c *caddy.Controller) error {
 	if err := checkOrder(dnsserver.Directives); err != nil {
 		return plugin.Error(directiveName, err)
 	}
+	lastSetup = c.Context()
 	b, err := parse(c)
 	if err != nil {
 		return plugin.Error(directiveName, err)
