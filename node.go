@@ -563,7 +563,11 @@ func (n *node) exit() {
 			}))
 		}
 		n.leave(n.want.without(n.withOthers(kept)))
-		n.drain(cfg.listeners(), !kept.empty(), began.Add(drainLimit))
+		es := cfg.listeners()
+		if n.starting != nil && n.starting != cfg {
+			es = append(es, n.starting.listeners()...)
+		}
+		n.drain(es, !kept.empty(), began.Add(drainLimit))
 		if err := n.reduce(kept); err != nil {
 			log.Errorf("%v", count(err))
 			return nil

@@ -107,6 +107,7 @@ func holder(e endpoint) string {
 			}
 		}
 	} else {
+		//lint:ignore SA1019 what is to be used instead, inet_diag, is a module that some kernels lack
 		for _, read := range []func() (procfs.NetTCP, error){fs.NetTCP, fs.NetTCP6} {
 			lines, _ := read()
 			for _, l := range lines {

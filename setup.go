@@ -200,7 +200,7 @@ func badLinkName(name string) string {
 		return fmt.Sprintf("it has %d bytes, and the kernel takes %d", len(name), maxLinkNameLen)
 	case name == "" || name == "." || name == "..":
 		return "the kernel refuses it"
-	case strings.ContainsAny(name, "/:%") || strings.ContainsFunc(name, func(r rune) bool { return r <= ' ' || r == 0x7f }):
+	case strings.ContainsAny(name, "/:%\x7f") || slices.ContainsFunc([]byte(name), func(b byte) bool { return b <= ' ' || b == 0xa0 }):
 		return "it has a slash, a colon, a percent sign or a blank"
 	}
 	return ""
