@@ -23,7 +23,7 @@ IMAGE_FLAGS ?= $(if $(PLATFORMS),,--load)
 
 # Tests that run on Debian's kernel: all of the package, and of those end to end the ones
 # to which the kernel makes a difference, since emulation is 20 to 30 times slower.
-KERNEL_RUN ?= .
+KERNEL_RUN ?= Link|Address|Park|Adopt|EnsureMakes|NFT|Exit|Skipteardown|Heart|CoreDNSServes
 E2E_RUN ?= Dummy|LinkStaysDown|WithDefaults|ExitLeavesNodeAsItWas//empty|KillFallsThrough
 KERNEL_TIMEOUT ?= 1200
 
@@ -63,6 +63,10 @@ test-kernel: coredns ## Run the tests on Debian's kernel, which has the dummy dr
 .PHONY: demo
 demo: deps coredns ## Show the cache at work in network namespaces of this machine (needs root).
 	go run ./test/demo
+
+.PHONY: continuity
+continuity: deps coredns ## Measure what clients notice of exits, crashes and the like (needs root).
+	go run ./test/continuity
 
 .PHONY: lint
 lint: ## Run go vet, staticcheck, gofmt and shellcheck.
