@@ -6,6 +6,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/contentful-labs/coredns-nodecache/test/lab"
 )
@@ -205,7 +206,7 @@ func TestReload(t *testing.T) {
 						if c.name == "same" && by == "plugin" {
 							t.Skip("it does not reload what has not changed")
 						}
-						if c.slow && testing.Short() {
+						if c.slow && (testing.Short() || b != iptablesNFT) {
 							t.Skip("it takes a minute")
 						}
 						t.Parallel()
@@ -271,6 +272,33 @@ func TestReload(t *testing.T) {
 			}
 		})
 	}
+}
+
+// CoreDNS keeps the sockets of a reload that failed open for a while, and reads none
+// of them: that they are there must not put any rule in force.
+func TestFailedReloadTakesNoQuery(t *testing.T) {
+	forBackends(t, func(n *node) {
+		for _, proto := range protos {
+			n.hold(proto, 5300)
+		}
+		p := n.serve(plainBlock(".:53", "10.0.1.1"))
+		// In which order CoreDNS opens its sockets is chance.
+		for range max(2, scale(6)) {
+			if err := p.Reload(n.corefile() + plainBlock("taken.:5300", "10.0.1.1")); err == nil {
+				n.Fatal("the reload succeeded")
+			}
+			for _, c := range n.clients() {
+				l := lab.Load{From: c.ns, Proto: "udp", To: on(lab.ClusterIP, lab.ClusterIP6), Count: 1, Timeout: time.Second}
+				if !eventually(func() bool {
+					r, err := l.Run()
+					n.must(err)
+					return r.AllAnswered(true)
+				}) {
+					n.Fatalf("the cluster never answers the %s", c.name)
+				}
+			}
+		}
+	})
 }
 
 // reloading is a Corefile with the reload plugin, as often as it can look.
