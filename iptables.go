@@ -183,6 +183,7 @@ func (x *xtables) ensure(es []endpoint) (missing int, err error) {
 	}
 	missing = x.missing(have, es)
 	if missing == 0 && (x.written || len(es) == 0) && !x.surplus(have, es) {
+		x.es, x.leaving = slices.Clone(es), nil // another process may have written them
 		return 0, nil
 	}
 	err = x.restore(x.script(have, es))
@@ -323,12 +324,12 @@ func (x *xtables) rules(h hook, es, leaving []endpoint) (rs []rule) {
 		stays := e.proto != "udp" || !slices.Contains(leaving, e)
 		switch h {
 		case hook{"raw", "PREROUTING", "NODECACHE-PREROUTING"}:
-			guard := " -m socket"
-			if e.extra {
-				guard = " -m socket --nowildcard" // health and metrics may listen on the wildcard
-			}
-			if stays {
-				add("queries to", to+guard, "NOTRACK")
+			switch {
+			case !stays:
+			case e.extra: // health and metrics may listen on the wildcard
+				add("requests to", to+" -m socket --nowildcard", "NOTRACK")
+			default:
+				add("queries to", to+" -m socket", "NOTRACK")
 			}
 		case hook{"raw", "OUTPUT", "NODECACHE-OUTPUT"}:
 			add("answers from", from, "NOTRACK")

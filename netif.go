@@ -232,7 +232,15 @@ func (n *netif) prune(addrs []netip.Addr) error {
 	if err != nil {
 		return err
 	}
-	return n.remove(l, slices.DeleteFunc(have, func(a netip.Addr) bool { return slices.Contains(addrs, a) }))
+	if err := n.remove(l, slices.DeleteFunc(have, func(a netip.Addr) bool { return slices.Contains(addrs, a) })); err != nil {
+		return err
+	}
+	if l.Attrs().RawFlags&unix.IFF_UP != 0 && !slices.ContainsFunc(addrs, netip.Addr.Is6) {
+		if err := netlink.LinkSetDown(l); err != nil {
+			return fmt.Errorf("setting %s down, as it carries no IPv6 address any more: %w", n.name, err)
+		}
+	}
+	return nil
 }
 
 func (n *netif) remove(l netlink.Link, addrs []netip.Addr) error {

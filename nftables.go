@@ -51,6 +51,7 @@ func newNFT() *nft { return &nft{} }
 func (t *nft) String() string { return "nftables" }
 
 func (t *nft) ensure(es []endpoint) (missing int, err error) {
+	es = plain(es)
 	if t.table != nil {
 		switch _, err := t.conn.ListTableOfFamily(t.table.Name, nftables.TableFamilyINet); {
 		case errors.Is(err, unix.ENOENT):
@@ -100,6 +101,7 @@ func (t *nft) ensure(es []endpoint) (missing int, err error) {
 }
 
 func (t *nft) serve(es []endpoint) {
+	es = plain(es)
 	if t.table == nil {
 		return
 	}
@@ -125,6 +127,7 @@ func (t *nft) serve(es []endpoint) {
 }
 
 func (t *nft) leave(es []endpoint) error {
+	es = plain(es)
 	if t.table == nil {
 		return nil
 	}
@@ -138,6 +141,16 @@ func (t *nft) leave(es []endpoint) error {
 		t.change(s, nil, gone)
 	}
 	return t.flush("writing")
+}
+
+// plain returns es as this backend tells them apart: whose port it is does not
+// matter to its rules.
+func plain(es []endpoint) []endpoint {
+	es = slices.Clone(es)
+	for i := range es {
+		es[i].extra = false
+	}
+	return es
 }
 
 // create makes the table, its sets, chains and rules, as one transaction.

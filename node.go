@@ -21,9 +21,6 @@ const (
 	// settle is how long CoreDNS has had all sockets before a start counts as
 	// successful: when one more of them fails, the reload has been reverted by then.
 	settle = 50 * time.Millisecond
-	// listenLimit is after how long without a socket a reload that brought the
-	// directive is taken for failed: no callback of ours tells of it then.
-	listenLimit = time.Minute
 	// drainLimit bounds the wait for answers at an exit. With the lock's wait it
 	// stays within the 30 s that Kubernetes gives a pod.
 	drainLimit = 10 * time.Second
@@ -144,11 +141,14 @@ func poke(c chan struct{}) {
 	}
 }
 
-// links returns the names of the links that the configuration in force has.
+// links returns the names of the links that the configuration in force has, and
+// those of other processes: when they leave, their addresses go with them.
 func (n *node) links() (names []string) {
 	n.do(func() error {
 		names = slices.Collect(maps.Keys(n.netifs))
-		return nil
+		o, err := n.member.ask()
+		names = slices.AppendSeq(names, maps.Keys(o.wants.links))
+		return err
 	})
 	return names
 }
@@ -222,14 +222,52 @@ func (n *node) bring(cfg *config) error {
 	}
 	// What cfg does not have is left while the old servers still read: they stop to
 	// read, with their sockets open, as soon as the new ones listen.
-	n.leave(was.without(n.withOthers(cfg.state(false, n.resolve))))
+	target := cfg.state(false, n.resolve)
+	n.leave(was.without(n.withOthers(target)))
+	if n.running != nil {
+		n.serve(was.only(target))
+	}
 	n.want, n.starting = want, cfg
 	n.tick(cfg.sync())
 	if !want.empty() {
 		n.watch()
 	}
-	go n.await(cfg, !caddy.Started(), began)
+	first := !caddy.Started()
+	if n.running == nil && !first {
+		// The instance in force has no callback of ours that would tell of a failure.
+		for _, i := range caddy.Instances() {
+			i.StorageMu.RLock()
+			own := i.Storage[configKey{}] == cfg
+			i.StorageMu.RUnlock()
+			if !own {
+				i.OnRestartFailed = append(i.OnRestartFailed, func() error { return n.abandon(cfg) })
+			}
+		}
+	}
+	go n.await(cfg, first, began)
 	return nil
+}
+
+// abandon takes everything back when a reload that brought the directive failed.
+func (n *node) abandon(cfg *config) error {
+	return n.do(func() error {
+		if n.starting != cfg && n.running != cfg || n.exited {
+			return nil
+		}
+		n.running, n.starting = nil, nil
+		return n.over()
+	})
+}
+
+// over takes everything back, for want of a configuration.
+func (n *node) over() error {
+	n.ready.Store(false)
+	n.syncTick.Stop()
+	err := count(n.reduce(state{}))
+	n.serve(state{})
+	n.member.hide()
+	log.Infof("no server block in force has nodecache; nothing of it is on the node any more")
+	return err
 }
 
 // serves returns what CoreDNS listens on for the configuration in force.
@@ -423,13 +461,6 @@ func (n *node) await(cfg *config, first bool, began time.Time) {
 			case !since.IsZero() && (first || n.running == cfg || time.Since(since) >= settle):
 				n.complete(cfg, began)
 				over = true
-			case since.IsZero() && n.running == nil && !first && time.Since(began) > listenLimit:
-				log.Errorf("CoreDNS did not listen on %s within %s; taking everything back", cfg, listenLimit)
-				n.starting = nil
-				if err := n.reduce(state{}); err != nil {
-					log.Errorf("%v", count(err))
-				}
-				over = true
 			}
 			return nil
 		})
@@ -442,7 +473,7 @@ func (n *node) await(cfg *config, first bool, began time.Time) {
 // complete is called once CoreDNS listens on everything of cfg.
 func (n *node) complete(cfg *config, began time.Time) {
 	target := cfg.state(false, n.resolve)
-	n.serve(n.want) // in a reload also what the old instance still listens on
+	n.serve(target)
 	if n.running == nil {
 		// Nothing of this process to wait for: what a process before it has left
 		// beyond its needs can go.
@@ -521,15 +552,12 @@ func (n *node) replaced(cfg *config) error {
 			n.running = nil
 		}
 		n.starting = nil
+		if n.running == nil {
+			return n.over()
+		}
 		want := n.running.state(false, n.resolve)
 		err := count(n.reduce(want))
 		n.serve(want)
-		if n.running == nil {
-			n.ready.Store(false)
-			n.syncTick.Stop()
-			n.member.hide()
-			log.Infof("no server block has nodecache any more; nothing of it is on the node any more")
-		}
 		return err
 	})
 }
@@ -647,6 +675,7 @@ func (n *node) dropped() {
 	n.do(func() error {
 		if n.running != nil && n.running.restarting && !n.exited {
 			n.leave(n.want.without(n.others.wants))
+			n.serve(n.onlyShared())
 		}
 		return nil
 	})

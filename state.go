@@ -144,7 +144,16 @@ func (s state) sorted() state {
 		s.links[n] = slices.Compact(as)
 	}
 	for b, es := range s.rules {
-		slices.SortFunc(es, compareEndpoints)
+		// Of an endpoint that is extra in one place only, the stricter one stays.
+		slices.SortFunc(es, func(a, b endpoint) int {
+			if c := compareEndpoints(a, b); c != 0 || a.extra == b.extra {
+				return c
+			}
+			if b.extra {
+				return -1
+			}
+			return 1
+		})
 		s.rules[b] = slices.CompactFunc(es, func(a, b endpoint) bool { return compareEndpoints(a, b) == 0 })
 	}
 	return s
@@ -175,6 +184,19 @@ func (s state) without(t state) map[string][]endpoint {
 		}
 	}
 	return gone
+}
+
+// only returns the rules of s that t has too.
+func (s state) only(t state) state {
+	o := state{rules: map[string][]endpoint{}}
+	for b, es := range s.rules {
+		for _, e := range es {
+			if _, found := slices.BinarySearchFunc(t.rules[b], e, compareEndpoints); found {
+				o.rules[b] = append(o.rules[b], e)
+			}
+		}
+	}
+	return o
 }
 
 func (s state) empty() bool { return len(s.links) == 0 && len(s.rules) == 0 }

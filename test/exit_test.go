@@ -198,7 +198,7 @@ func TestRestartAdoptsAnotherConfiguration(t *testing.T) {
 
 // A process with another backend removes what the killed one has left.
 func TestRestartAdoptsFromAnotherBackend(t *testing.T) {
-	for _, c := range [][2]string{{"iptables", "nftables"}, {"nftables", "iptables"}, {"iptables", "none"}} {
+	for _, c := range [][2]string{{"iptables", "nftables"}, {"nftables", "iptables"}} {
 		t.Run(c[0]+"-"+c[1], func(t *testing.T) {
 			n := newNode(t, backend{lab.NFT, c[1]})
 			before := n.snapshot()

@@ -42,9 +42,9 @@ func TestLeavesTheServiceToTheCluster(t *testing.T) {
 					tr := n.flow(clusterIPs...)
 					p = c.event(n, p)
 					tr.more(100)
-					// A host client's kept socket has the service's address as its own, and
-					// can send nothing once that is no longer on the node.
-					tr.end(fmt.Sprintf("%s %d", c.name, i), "host, kept sockets")
+					// A host client's socket has the service's address as its own. It can send
+					// nothing once that is no longer on the node, nor get what was under way.
+					tr.end(fmt.Sprintf("%s %d", c.name, i), "host, kept sockets", "host, new sockets")
 				}
 			})
 		}

@@ -121,7 +121,7 @@ func TestMeddlingIsRepaired(t *testing.T) {
 						}
 					}
 				} else {
-					tr.end(c.name, "")
+					tr.end(c.name)
 				}
 				if got := n.repairs()[c.object]; got <= counted[c.object] {
 					n.Errorf("repairs of %s: %d before, %d after", c.object, counted[c.object], got)
@@ -178,7 +178,7 @@ func TestMeddlingWithTheWholeRuleset(t *testing.T) {
 			n.runs("nft flush ruleset")
 			n.comesBack(was)
 			tr.more(100)
-			tr.end("nft flush ruleset", "")
+			tr.end("nft flush ruleset")
 			if got := n.repairs()["rule"]; (got > counted) != (b == iptablesNFT) {
 				n.Errorf("repairs of rules: %d before, %d after", counted, got)
 			}
