@@ -193,7 +193,8 @@ func (n *node) start(cfg *config) error {
 func (n *node) bring(cfg *config) error {
 	began := time.Now()
 	was := n.want
-	want := was.union(cfg.state(false, n.resolve))
+	target := cfg.state(false, n.resolve)
+	want := was.union(target)
 	// Shown before anything is made: who leaves meanwhile leaves it in place.
 	if err := n.show(want, n.serves()); err != nil {
 		return err
@@ -222,7 +223,6 @@ func (n *node) bring(cfg *config) error {
 	}
 	// What cfg does not have is left while the old servers still read: they stop to
 	// read, with their sockets open, as soon as the new ones listen.
-	target := cfg.state(false, n.resolve)
 	n.leave(was.without(n.withOthers(target)))
 	if n.running != nil {
 		n.serve(was.only(target))
