@@ -23,7 +23,7 @@ IMAGE_FLAGS ?= $(if $(PLATFORMS),,--load)
 
 # Tests that run on Debian's kernel: those of the package and those end to end
 # to which the kernel makes a difference, since emulation is 20 to 30 times slower.
-KERNEL_RUN ?= Link|Address|Park|Adopt|EnsureMakes|NFT|Exit|Skipteardown|Heart|CoreDNSServes
+KERNEL_RUN ?= Link|Prefer|Address|Park|Adopt|EnsureMakes|NFT|Exit|Skipteardown|Heart|CoreDNSServes
 E2E_RUN ?= Dummy|LinkStaysDown|WithDefaults|ExitLeavesNodeAsItWas//empty|KillFallsThrough
 KERNEL_TIMEOUT ?= 1200
 

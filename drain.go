@@ -89,16 +89,8 @@ func replace(fd int) error {
 // was read. It returns how many were still open when limit had passed.
 func (c *counter) drain(es []endpoint, limit time.Duration) (open int64, err error) {
 	deadline := time.Now().Add(limit)
-	socks, err := ownSockets()
-	if err != nil {
+	if err := readOut(es, deadline); err != nil {
 		return 0, err
-	}
-	for _, e := range es {
-		for _, fd := range socks[e] {
-			for e.proto == "udp" && queued(fd) && time.Now().Before(deadline) {
-				time.Sleep(drainPoll)
-			}
-		}
 	}
 	// What was read just now counts when its goroutine has come to the handler.
 	time.Sleep(drainPoll)
@@ -107,6 +99,22 @@ func (c *counter) drain(es []endpoint, limit time.Duration) (open int64, err err
 		time.Sleep(drainPoll)
 	}
 	return left(), nil
+}
+
+// readOut waits until the queue of each UDP socket on es has been seen empty.
+func readOut(es []endpoint, deadline time.Time) error {
+	socks, err := ownSockets()
+	if err != nil {
+		return err
+	}
+	for _, e := range es {
+		for _, fd := range socks[e] {
+			for e.proto == "udp" && queued(fd) && time.Now().Before(deadline) {
+				time.Sleep(drainPoll)
+			}
+		}
+	}
+	return nil
 }
 
 // queued tells whether a UDP socket holds a datagram that nobody has read.

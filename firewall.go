@@ -15,11 +15,16 @@ type firewall interface {
 	ensure(es []endpoint) (missing int, err error)
 	// serve is told what this process listens on; ensure has seen all of es.
 	serve(es []endpoint)
-	// leave sends new UDP queries to es the way they would go without us, at
+	// leave sends new UDP queries to gone the way they would go without us, at
 	// once; what is under way (answers, TCP connections) stays out of connection
 	// tracking, or late answers would be tracked and catch their client's next
-	// queries. The next ensure takes the rest away.
-	leave(es []endpoint) error
+	// queries. es is all that stands, gone included. The next ensure takes the rest away.
+	leave(es, gone []endpoint) error
+	// heed is told, ahead of ensure and leave, what of their endpoints some process
+	// is leaving, so that no rule for new UDP queries to it is written again. With
+	// keep, nothing that stands of ours may go: it may be needed by a process that
+	// does not say so.
+	heed(leaving []endpoint, keep bool)
 	// String names the backend for the log: "iptables 1.8.9 (nf_tables)".
 	String() string
 }

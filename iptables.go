@@ -61,11 +61,13 @@ type iptables struct {
 // xtables is one family's part.
 type xtables struct {
 	family  family
-	found   bool   // the programs are there and answer
-	version string // "1.8.9 (nf_tables)"
-	written bool   // by this process
-	es      []endpoint
-	leaving []endpoint // of es
+	found   bool       // the programs are there and answer
+	version string     // "1.8.9 (nf_tables)"
+	written bool       // by this process
+	es      []endpoint // as written
+	leaving []endpoint // of es, as written
+	heeded  []endpoint // see firewall.heed
+	keep    bool
 	// noRecent is set where the kernel has no match recent, or its list can't be
 	// written: then only the address guards the rules for the node's own queries.
 	noRecent bool
@@ -151,14 +153,20 @@ func (t *iptables) serve(es []endpoint) {
 	}
 }
 
-func (t *iptables) leave(es []endpoint) (err error) {
+func (t *iptables) leave(es, gone []endpoint) (err error) {
 	for _, f := range []family{ipv4, ipv6} {
-		x, own := t.families[f], ofFamily(es, f)
+		x, own := t.families[f], ofFamily(gone, f)
 		if len(own) > 0 && x.written {
-			err = errors.Join(err, x.leave(own))
+			err = errors.Join(err, x.leave(ofFamily(es, f), own))
 		}
 	}
 	return err
+}
+
+func (t *iptables) heed(leaving []endpoint, keep bool) {
+	for f, x := range t.families {
+		x.heeded, x.keep = ofFamily(leaving, f), keep
+	}
 }
 
 // ensure is firewall.ensure for one family. It runs iptables once to know it,
@@ -181,16 +189,17 @@ func (x *xtables) ensure(es []endpoint) (missing int, err error) {
 			return 0, err
 		}
 	}
-	missing = x.missing(have, es)
-	if missing == 0 && (x.written || len(es) == 0) && !x.surplus(have, es) {
-		x.es, x.leaving = slices.Clone(es), nil // another process may have written them
+	es, leaving := x.kept(have, es)
+	missing = x.missing(have, es, leaving)
+	if missing == 0 && (x.written || len(es) == 0) && !x.surplus(have, es, leaving) {
+		x.es, x.leaving = es, leaving // another process may have written them
 		return 0, nil
 	}
-	err = x.restore(x.script(have, es))
+	err = x.restore(x.script(have, es, leaving))
 	if err != nil && !x.noRecent && len(es) > 0 && !errors.As(err, new(lockError)) {
 		// Try without the one match that a small kernel may lack.
 		x.noRecent = true
-		if x.restore(x.script(have, es)) != nil {
+		if x.restore(x.script(have, es, leaving)) != nil {
 			x.noRecent = false
 			return 0, err
 		}
@@ -200,22 +209,72 @@ func (x *xtables) ensure(es []endpoint) (missing int, err error) {
 	if err != nil {
 		return 0, err
 	}
-	x.es, x.leaving, x.written = slices.Clone(es), nil, len(es) > 0
+	x.es, x.leaving, x.written = es, leaving, len(es) > 0
 	if len(es) > 0 && !x.noRecent && !writable(recentPath(es[0].addr)) {
 		x.noRecent = true
 		log.Warningf("%s can't be written: when this process dies, the node's own programs will not fall back to the cluster", recentPath(es[0].addr))
 		// The chains and jumps stand now, so there is nothing to look up.
-		if err := x.restore(x.chains(nil, es, nil)); err != nil {
+		if err := x.restore(x.chains(nil, es, leaving)); err != nil {
 			return 0, err
 		}
 	}
 	return missing, nil
 }
 
-// leave rewrites the chains of the table raw without the rules for new UDP queries.
-func (x *xtables) leave(es []endpoint) error {
-	x.leaving = es
-	return x.restore(x.chains([]string{"raw"}, x.es, es))
+// leave rewrites the chains of the table raw without the rules for new UDP
+// queries to gone.
+func (x *xtables) leave(es, gone []endpoint) error {
+	have := map[string]*table{"raw": {}}
+	if x.keep {
+		raw, err := x.save("raw")
+		if err != nil {
+			return err
+		}
+		have["raw"] = raw
+	}
+	es, leaving := x.kept(have, es)
+	x.es, x.leaving = es, append(leaving, gone...)
+	return x.restore(x.chains([]string{"raw"}, x.es, x.leaving))
+}
+
+// kept returns es and what else has to stand since nothing may go, and what of
+// both is being left.
+func (x *xtables) kept(have map[string]*table, es []endpoint) (all, leaving []endpoint) {
+	all, leaving = slices.Clone(es), slices.Clone(x.heeded)
+	if !x.keep {
+		return all, leaving
+	}
+	lines := func(h hook) []string {
+		if t := have[h.table]; t != nil {
+			return t.chains[h.chain]
+		}
+		return nil
+	}
+	known := func(e endpoint) bool {
+		return slices.ContainsFunc(all, func(o endpoint) bool { return compareEndpoints(o, e) == 0 })
+	}
+	for _, h := range hooks { // PREROUTING first: its rules alone tell all of an endpoint
+		for _, line := range lines(h) {
+			e, ok := ruleOf(line)
+			if !ok || known(e) {
+				continue
+			}
+			all = append(all, e)
+			if h.builtin != "PREROUTING" {
+				leaving = append(leaving, e)
+			}
+		}
+	}
+	return all, leaving
+}
+
+// ruleOf returns the endpoint that a rule of ours, as iptables-save prints it, is for.
+func ruleOf(line string) (e endpoint, ok bool) {
+	_, comment, _ := strings.Cut(line, "--comment \"nodecache: ")
+	comment, _, _ = strings.Cut(comment, "\"")
+	at, proto, ok := strings.Cut(comment[strings.LastIndexByte(comment, ' ')+1:], "/")
+	ap, err := netip.ParseAddrPort(at)
+	return endpoint{ap.Addr(), proto, ap.Port(), strings.HasPrefix(comment, "requests ")}, ok && err == nil
 }
 
 // nft tells whether the programs are those of the variant iptables-nft.
@@ -283,7 +342,7 @@ func (r rule) in(lines []string) bool {
 }
 
 // missing counts the jumps and rules for es that are not in have.
-func (x *xtables) missing(have map[string]*table, es []endpoint) (n int) {
+func (x *xtables) missing(have map[string]*table, es, leaving []endpoint) (n int) {
 	if len(es) == 0 {
 		return 0
 	}
@@ -291,7 +350,7 @@ func (x *xtables) missing(have map[string]*table, es []endpoint) (n int) {
 		if len(have[h.table].jumps(h)) == 0 {
 			n++
 		}
-		for _, r := range x.rules(h, es, nil) {
+		for _, r := range x.rules(h, es, leaving) {
 			if !r.in(have[h.table].chains[h.chain]) {
 				n++
 			}
@@ -301,11 +360,11 @@ func (x *xtables) missing(have map[string]*table, es []endpoint) (n int) {
 }
 
 // surplus tells whether have holds more of ours than es wants.
-func (x *xtables) surplus(have map[string]*table, es []endpoint) bool {
+func (x *xtables) surplus(have map[string]*table, es, leaving []endpoint) bool {
 	for _, h := range hooks {
 		lines, there := have[h.table].chains[h.chain]
 		jumps := len(have[h.table].jumps(h))
-		if len(es) == 0 && (there || jumps > 0) || len(es) > 0 && (jumps > 1 || len(lines) > len(x.rules(h, es, nil))) {
+		if len(es) == 0 && (there || jumps > 0) || len(es) > 0 && (jumps > 1 || len(lines) > len(x.rules(h, es, leaving))) {
 			return true
 		}
 	}
@@ -353,7 +412,7 @@ func (x *xtables) rules(h hook, es, leaving []endpoint) (rs []rule) {
 
 // script returns the input of iptables-restore --noflush that leads from have
 // to the rules for es.
-func (x *xtables) script(have map[string]*table, es []endpoint) []byte {
+func (x *xtables) script(have map[string]*table, es, leaving []endpoint) []byte {
 	if len(es) > 0 {
 		var jumps []string
 		for _, h := range hooks {
@@ -365,7 +424,7 @@ func (x *xtables) script(have map[string]*table, es []endpoint) []byte {
 				jumps = append(jumps, fmt.Sprintf("%s -I %s 1 %s", h.table, h.builtin, h.jump()))
 			}
 		}
-		return x.chains(nil, es, nil, jumps...)
+		return x.chains(nil, es, leaving, jumps...)
 	}
 	var b bytes.Buffer
 	for _, name := range []string{"raw", "filter"} {

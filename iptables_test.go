@@ -65,14 +65,14 @@ func TestInputOfIPTablesRestore(t *testing.T) {
 		"filter": saved(":INPUT ACCEPT [0:0]\n:OUTPUT ACCEPT [0:0]\n"),
 	}
 	for name, input := range map[string][]byte{
-		"v4":        (&xtables{family: ipv4}).script(none, v4),
-		"v6":        (&xtables{family: ipv6}).script(none, v6),
-		"extra":     (&xtables{family: ipv4}).script(none, append(dnsOn("169.254.20.10"), extraPort("169.254.20.10", 8080))),
+		"v4":        (&xtables{family: ipv4}).script(none, v4, nil),
+		"v6":        (&xtables{family: ipv6}).script(none, v6, nil),
+		"extra":     (&xtables{family: ipv4}).script(none, append(dnsOn("169.254.20.10"), extraPort("169.254.20.10", 8080)), nil),
 		"leaving":   (&xtables{family: ipv4}).chains([]string{"raw"}, v4, v4[:2]),
-		"no-recent": (&xtables{family: ipv6, noRecent: true}).script(none, v6),
-		"repair":    (&xtables{family: ipv4}).script(doubled, dnsOn("169.254.20.10")),
-		"removal":   (&xtables{family: ipv4}).script(doubled, nil),
-		"nothing":   (&xtables{family: ipv4}).script(none, nil),
+		"no-recent": (&xtables{family: ipv6, noRecent: true}).script(none, v6, nil),
+		"repair":    (&xtables{family: ipv4}).script(doubled, dnsOn("169.254.20.10"), nil),
+		"removal":   (&xtables{family: ipv4}).script(doubled, nil, nil),
+		"nothing":   (&xtables{family: ipv4}).script(none, nil, nil),
 	} {
 		file := filepath.Join("testdata", "restore-"+name+".golden")
 		if *update {
@@ -365,7 +365,7 @@ func TestForeignRulesAreUntouched(t *testing.T) {
 						wantRules(t, v, x, ofFamily(es, f))
 					}
 				}
-				must(t, fw.leave(es))
+				must(t, fw.leave(es, es))
 				if got := withoutOurs(); got != before {
 					t.Errorf("foreign rules read\n%s\nwant\n%s", got, before)
 				}
@@ -458,15 +458,55 @@ func TestSameRulesOfKilledProcessAreRemoved(t *testing.T) {
 	})
 }
 
+// Where a process does not say what it wants, what stands for it stays, and what it
+// was leaving stays left; where it says so again, the rest goes.
+func TestKeepsWhatStands(t *testing.T) {
+	variants(t, func(t *testing.T, v *variant) {
+		silent, fw := newIPTables(nil), newIPTables(nil)
+		theirs := append(dnsOn("169.254.20.11", "fd00:20::11", "169.254.20.12"), extraPort("169.254.20.11", 8080))
+		_, err := silent.ensure(theirs)
+		must(t, err)
+		must(t, silent.leave(theirs, dnsOn("169.254.20.12")))
+		own := dnsOn("169.254.20.10", "fd00:20::10")
+		all := append(append(slices.Clone(own), dnsOn("169.254.20.11")...), extraPort("169.254.20.11", 8080))
+		all = append(append(all, dnsOn("169.254.20.12")...), dnsOn("fd00:20::11")...)
+		stand := func(es, leaving []endpoint) {
+			t.Helper()
+			sorted := func(es []endpoint) []endpoint {
+				return state{rules: map[string][]endpoint{"": slices.Clone(es)}}.sorted().rules[""]
+			}
+			for f, x := range fw.families {
+				if got, want := list(sorted(x.es)), list(sorted(ofFamily(es, f))); got != want {
+					t.Errorf("IPv%d: rules stand for %s, want %s", f, got, want)
+				}
+				wantChains(t, v, x, x.es, ofFamily(leaving, f))
+			}
+		}
+		fw.heed(nil, true)
+		_, err = fw.ensure(own)
+		must(t, err)
+		stand(all, dnsOn("169.254.20.12")[:1])
+		must(t, fw.leave(own, dnsOn("fd00:20::10")))
+		stand(all, append(dnsOn("169.254.20.12")[:1], dnsOn("fd00:20::10")...))
+		_, err = fw.ensure(nil)
+		must(t, err)
+		fw.heed(nil, false)
+		_, err = fw.ensure(own)
+		must(t, err)
+		stand(own, nil)
+		remove(t, fw)
+	})
+}
+
 func TestLeaveTakesRulesForNewUDPQueriesOnly(t *testing.T) {
 	variants(t, func(t *testing.T, v *variant) {
 		fw := newIPTables(nil)
 		es := dnsOn("169.254.20.10", "10.96.0.10", "fd00:20::10")
-		must(t, fw.leave(es)) // of nothing, before anything was made
+		must(t, fw.leave(es, es)) // of nothing, before anything was made
 		_, err := fw.ensure(es)
 		must(t, err)
 		gone := dnsOn("169.254.20.10", "fd00:20::10")
-		must(t, fw.leave(gone))
+		must(t, fw.leave(es, gone))
 		for f, x := range fw.families {
 			wantChains(t, v, x, ofFamily(es, f), ofFamily(gone, f))
 		}
@@ -711,7 +751,7 @@ func TestNumberOfProcesses(t *testing.T) {
 			}
 			perFamily("the set-up")
 			fw.serve(es)
-			must(t, fw.leave(es))
+			must(t, fw.leave(es, es))
 			remove(t, fw)
 			perFamily("the removal")
 		}

@@ -37,8 +37,21 @@ type presence struct {
 	Links map[string][]netip.Addr `json:"links"`
 	// Rules are those of the backend iptables, whose chains all processes share.
 	Rules []shownEndpoint `json:"rules"`
-	// Serves is what it listens on.
+	// Serves is what it listens on, and goes on to.
 	Serves []shownEndpoint `json:"serves"`
+	// LeavingLinks and LeavingRules are what of Links and Rules it is about to give
+	// up: still needed, but not by anything new.
+	LeavingLinks map[string][]netip.Addr `json:"leaving_links,omitempty"`
+	LeavingRules []shownEndpoint         `json:"leaving_rules,omitempty"`
+}
+
+// shownState returns links and rules as a state.
+func shownState(links map[string][]netip.Addr, rules []shownEndpoint) state {
+	s := state{links: links, rules: map[string][]endpoint{}}
+	if len(rules) > 0 {
+		s.rules[backendIPT] = shown(rules)
+	}
+	return s.sorted()
 }
 
 type shownEndpoint struct {
@@ -64,8 +77,10 @@ func shown(ss []shownEndpoint) (es []endpoint) {
 
 // others is what all other processes on the node want together.
 type others struct {
-	wants  state
-	serves map[endpoint]bool
+	wants   state
+	stays   state // of wants, what somebody is not about to give up
+	leaving state // of wants, what somebody is about to give up
+	serves  map[endpoint]bool
 	// unknown is true when one of them did not answer: then nothing may be taken away.
 	unknown bool
 }
@@ -152,11 +167,10 @@ func (m *member) ask() (others, error) {
 			o.unknown = true
 			continue
 		}
-		s := state{links: p.Links, rules: map[string][]endpoint{}}
-		if len(p.Rules) > 0 {
-			s.rules[backendIPT] = shown(p.Rules)
-		}
-		o.wants = o.wants.union(s)
+		wants, leaving := shownState(p.Links, p.Rules), shownState(p.LeavingLinks, p.LeavingRules)
+		o.wants = o.wants.union(wants)
+		o.stays = o.stays.union(wants.minus(leaving))
+		o.leaving = o.leaving.union(leaving)
 		for _, e := range shown(p.Serves) {
 			o.serves[e] = true
 		}

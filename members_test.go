@@ -124,6 +124,38 @@ func TestNothingIsTakenFromWhoDoesNotAnswer(t *testing.T) {
 	}
 }
 
+// While one process leaves what only it wants, the other does not write the rules
+// for it again; and of what both want neither leaves anything as long as one stays.
+func TestTwinHeedsWhoLeaves(t *testing.T) {
+	a, aFW := newTestNode(t)
+	b, bFW := newTwin(t)
+	up(t, a, demand(t, "", "", "169.254.20.10", "10.96.0.10"))
+	up(t, b, demand(t, "", "", "169.254.20.10", "fd00:20::10"))
+	open := a.answering.begin() // a query that keeps the exit waiting
+	left := make(chan bool)
+	aFW.heard()
+	go func() { a.exit(); close(left) }()
+	eventually(t, "the first one leaves", func() bool { return strings.Contains(strings.Join(aFW.heard(), " "), "leave ") })
+	must(t, b.do(func() error { b.repair(false, "this test"); return nil }))
+	bFW.mu.Lock()
+	rules, heeded := list(bFW.rules), list(bFW.heeded)
+	bFW.mu.Unlock()
+	if rules != dnsOf("10.96.0.10", "169.254.20.10", "fd00:20::10") || heeded != dnsOf("10.96.0.10") {
+		t.Errorf("while the first one leaves, the second has rules for %s and heeds that it leaves %s", rules, heeded)
+	}
+	o, err := b.member.ask()
+	must(t, err)
+	if len(o.serves) != 0 {
+		t.Errorf("the one that leaves shows that it serves %v", o.serves)
+	}
+	open.Add(-1)
+	<-left
+	must(t, b.do(func() error { b.repair(false, "this test"); return nil }))
+	if rules, _ := bFW.stand(); list(rules) != dnsOf("169.254.20.10", "fd00:20::10") {
+		t.Errorf("after the first one has left rules stand for %v", rules)
+	}
+}
+
 func TestMemberShowsWhatItWantsUntilItHides(t *testing.T) {
 	needRoot(t)
 	a, b := newMember(), newMember()
@@ -149,6 +181,11 @@ func TestMemberShowsWhatItWantsUntilItHides(t *testing.T) {
 		if !o.serves[extraPort("10.96.0.10", 8080)] || len(o.serves) != 1 || o.unknown {
 			t.Errorf("served are %v, unknown %v", o.serves, o.unknown)
 		}
+	}
+	p.LeavingLinks, p.LeavingRules = p.Links, p.Rules[:1]
+	must(t, b.show(p))
+	if o := ask(); list(o.leaving.rules[backendIPT]) != list(shown(p.Rules[:1])) || list(o.stays.rules[backendIPT]) != list(shown(p.Rules[1:])) || len(o.stays.links) != 0 {
+		t.Errorf("while it leaves: %+v", o)
 	}
 	must(t, b.show(presence{}))
 	if o := ask(); !o.wants.empty() || len(o.serves) > 0 {

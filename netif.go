@@ -250,10 +250,7 @@ func (n *netif) remove(l netlink.Link, addrs []netip.Addr) error {
 		}
 		// The kernel lets a route that unprefer has changed stay, and with it nobody
 		// else on the network could be reached at this address.
-		if a.Is6() {
-			continue
-		}
-		netlink.RouteDel(&netlink.Route{LinkIndex: l.Attrs().Index, Dst: netlink.NewIPNet(a.AsSlice()), Table: unix.RT_TABLE_LOCAL, Type: unix.RTN_LOCAL, Scope: netlink.SCOPE_HOST})
+		netlink.RouteDel(localRoute(l, a))
 	}
 	return nil
 }
@@ -279,29 +276,74 @@ func (n *netif) addrs(l netlink.Link) ([]netip.Addr, error) {
 // unprefer has the node's own programs send to addrs from another address of the
 // node from now on. By default they send from the address itself, and an answer of
 // the cluster that comes when it has gone finds nobody. It does what it can: a node
-// without a default route has no such other address, and the kernel lets nobody
-// replace the route to its own IPv6 address.
+// without a default route has no such other address.
 func (n *netif) unprefer(addrs []netip.Addr) {
+	for _, a := range addrs {
+		far := net.IPv4(192, 0, 2, 1) // of the documentation, RFC 5737
+		if a.Is6() {
+			far = net.ParseIP("2001:db8::1") // RFC 3849
+		}
+		if routes, err := netlink.RouteGet(far); err == nil && len(routes) > 0 && len(routes[0].Src) > 0 {
+			n.sendFrom(a, routes[0].Src)
+		}
+	}
+}
+
+// prefer takes unprefer back.
+func (n *netif) prefer(addrs []netip.Addr) {
+	for _, a := range addrs {
+		if l, err := linkByName(n.name); err == nil && l != nil && a.Is6() {
+			if has, err := metrics(localRoute(l, a)); err != nil || slices.Contains(has, 0) {
+				continue // the kernel's own
+			}
+		}
+		n.sendFrom(a, a.AsSlice())
+	}
+}
+
+// sendFrom has the node's own programs send to a, an address of this link, from src.
+func (n *netif) sendFrom(a netip.Addr, src net.IP) {
 	l, err := linkByName(n.name)
 	if err != nil || l == nil {
 		return
 	}
-	for _, a := range addrs {
-		if a.Is6() {
-			continue
-		}
-		routes, err := netlink.RouteGet(net.IPv4(192, 0, 2, 1)) // of the documentation, RFC 5737
-		if err != nil || len(routes) == 0 || len(routes[0].Src) == 0 {
-			continue
-		}
-		err = netlink.RouteReplace(&netlink.Route{
-			LinkIndex: l.Attrs().Index, Dst: netlink.NewIPNet(a.AsSlice()), Src: routes[0].Src,
-			Table: unix.RT_TABLE_LOCAL, Type: unix.RTN_LOCAL, Scope: netlink.SCOPE_HOST, Protocol: unix.RTPROT_KERNEL,
-		})
-		if err != nil {
-			log.Debugf("preferring %s as the source of queries to %s: %v", routes[0].Src, a, err)
+	r := localRoute(l, a)
+	r.Src, r.Protocol = src, unix.RTPROT_KERNEL
+	if a.Is6() {
+		// The kernel's own route has the metric 0, which nobody else can write: ours
+		// comes beside it, and then the kernel's can go. When ours names no source the
+		// kernel takes the address itself.
+		r.Priority, r.Scope = 1, 0
+		if src.Equal(a.AsSlice()) {
+			r.Src = nil
 		}
 	}
+	if err = netlink.RouteReplace(r); err == nil && a.Is6() {
+		if has, e := metrics(r); e == nil && slices.Contains(has, 0) {
+			err = netlink.RouteDel(localRoute(l, a)) // of those that match, the one with the lowest metric
+		}
+	}
+	if err != nil {
+		log.Debugf("having the node send from %s to %s: %v", src, a, err)
+	}
+}
+
+// localRoute is the route that the kernel makes with an address.
+func localRoute(l netlink.Link, a netip.Addr) *netlink.Route {
+	r := &netlink.Route{LinkIndex: l.Attrs().Index, Dst: netlink.NewIPNet(a.AsSlice()), Table: unix.RT_TABLE_LOCAL, Type: unix.RTN_LOCAL}
+	if a.Is4() {
+		r.Scope = netlink.SCOPE_HOST
+	}
+	return r
+}
+
+// metrics returns those of all routes to where r leads.
+func metrics(r *netlink.Route) (ms []int, err error) {
+	routes, err := netlink.RouteListFiltered(netlink.FAMILY_V6, r, netlink.RT_FILTER_TABLE|netlink.RT_FILTER_DST|netlink.RT_FILTER_OIF)
+	for _, r := range routes {
+		ms = append(ms, r.Priority)
+	}
+	return ms, err
 }
 
 func netlinkAddr(a netip.Addr) *netlink.Addr {

@@ -3,6 +3,7 @@ package nodecache
 import (
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"slices"
 	"syscall"
@@ -291,5 +292,59 @@ func TestInterruptedDumpIsRepeated(t *testing.T) {
 	calls := 0
 	if _, err := dumped(func() (int, error) { calls++; return 0, other }); calls != 1 || err != other {
 		t.Errorf("another error: %d calls and the error %v", calls, err)
+	}
+}
+
+// The node's own programs send to an address from another one while it is being
+// left, and from itself again when it is not; afterwards no route of it is there.
+func TestUnpreferAndPrefer(t *testing.T) {
+	n := newTestLink(t, "169.254.20.10", "fd00:20::10")
+	l, err := linkByName(testLink)
+	must(t, err)
+	lo, err := netlink.LinkByName("lo")
+	must(t, err)
+	for address, all := range map[string]string{"192.0.2.7/32": "0.0.0.0/0", "2001:db8::7/128": "::/0"} {
+		addAddr(t, "lo", address)
+		defer delAddr(t, "lo", address)
+		p := netip.MustParsePrefix(all)
+		src := netip.MustParsePrefix(address).Addr()
+		r := &netlink.Route{LinkIndex: lo.Attrs().Index, Dst: &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(0, p.Addr().BitLen())}, Src: src.AsSlice()}
+		must(t, netlink.RouteAdd(r))
+		defer netlink.RouteDel(r)
+	}
+	own := addrs("169.254.20.10", "fd00:20::10")
+	source := func(a netip.Addr) string {
+		t.Helper()
+		routes, err := netlink.RouteGet(a.AsSlice())
+		must(t, err)
+		return routes[0].Src.String()
+	}
+	want := func(when string, v4, v6 string) {
+		t.Helper()
+		if a, b := source(own[0]), source(own[1]); a != v4 || b != v6 {
+			t.Errorf("%s the node sends from %s and %s, want %s and %s", when, a, b, v4, v6)
+		}
+	}
+	want("at first", "169.254.20.10", "fd00:20::10")
+	n.prefer(own)
+	routes := func() int {
+		list, err := netlink.RouteListFiltered(netlink.FAMILY_ALL, &netlink.Route{Table: 255, LinkIndex: l.Attrs().Index, Type: 2}, netlink.RT_FILTER_TABLE|netlink.RT_FILTER_OIF|netlink.RT_FILTER_TYPE)
+		must(t, err)
+		return len(list)
+	}
+	if k := routes(); k != len(own) {
+		t.Errorf("there are %d local routes, want the kernel's %d", k, len(own))
+	}
+	for range 2 {
+		n.unprefer(own)
+		n.unprefer(own)
+		want("while it leaves", "192.0.2.7", "2001:db8::7")
+		n.prefer(own)
+		want("when it stays after all", "169.254.20.10", "fd00:20::10")
+	}
+	n.unprefer(own)
+	must(t, n.remove(l, own))
+	if k := routes(); k != 0 {
+		t.Errorf("%d local routes are left", k)
 	}
 }

@@ -126,22 +126,25 @@ func (t *nft) serve(es []endpoint) {
 	}
 }
 
-func (t *nft) leave(es []endpoint) error {
-	es = plain(es)
+func (t *nft) leave(_, gone []endpoint) error {
 	if t.table == nil {
 		return nil
 	}
 	for s, has := range t.has {
-		var gone []endpoint
-		for _, e := range es {
+		var out []endpoint
+		for _, e := range plain(gone) {
 			if s.role != roleAnswers && e.proto == "udp" && has[e] {
-				gone = append(gone, e)
+				out = append(out, e)
 			}
 		}
-		t.change(s, nil, gone)
+		t.change(s, nil, out)
 	}
 	return t.flush("writing")
 }
+
+// heed does nothing: the table is this process's own, and what it has left comes
+// back with serve alone.
+func (t *nft) heed([]endpoint, bool) {}
 
 // plain returns es as this backend tells them apart: whose port it is does not
 // matter to its rules.

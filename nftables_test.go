@@ -87,7 +87,7 @@ func newTestNFT(t *testing.T) *nft {
 func TestNFTTakesQueriesOnlyOnceServed(t *testing.T) {
 	fw := newTestNFT(t)
 	fw.serve(dnsOn("10.96.0.10")) // before anything is ensured
-	must(t, fw.leave(dnsOn("10.96.0.10")))
+	must(t, fw.leave(dnsOn("10.96.0.10"), dnsOn("10.96.0.10")))
 	es := dnsOn("169.254.20.10", "fd00:20::10")
 	all := list(es)
 	_, err := fw.ensure(es)
@@ -108,10 +108,10 @@ func TestNFTLeaveTakesNewUDPQueriesOnly(t *testing.T) {
 	_, err := fw.ensure(es)
 	must(t, err)
 	fw.serve(es)
-	must(t, fw.leave(dnsOn("169.254.20.10")))
+	must(t, fw.leave(dnsOn("169.254.20.10"), dnsOn("169.254.20.10")))
 	rest := list(slices.DeleteFunc(slices.Clone(es), func(e endpoint) bool { return e == dnsOn("169.254.20.10")[0] }))
 	wantElements(t, rest, all, rest)
-	must(t, fw.leave(dnsOn("169.254.20.10"))) // again
+	must(t, fw.leave(dnsOn("169.254.20.10"), dnsOn("169.254.20.10"))) // again
 	wantElements(t, rest, all, rest)
 }
 

@@ -24,6 +24,12 @@ const (
 	// drainLimit bounds the wait for answers at an exit. With the lock's wait it
 	// stays within the 30 s that Kubernetes gives a pod.
 	drainLimit = 10 * time.Second
+	// readOutLimit bounds the wait of a reload for what is queued on sockets that it
+	// gives up. To an address without firewall rules queries never cease.
+	readOutLimit = 100 * time.Millisecond
+	// underWay is how long a packet that has passed the rules may take to its socket
+	// on a busy machine, where the kernel puts that off.
+	underWay = 10 * time.Millisecond
 	// burst is how long changes that the kernel reports are gathered before one
 	// repair serves them all.
 	burst = 10 * time.Millisecond
@@ -50,7 +56,7 @@ type node struct {
 	watching bool
 	calm     *rate.Limiter // of repairs
 	fighting bool          // that limit was reached
-	left     bool          // rules are less than want, since leave
+	leaving  state         // of want, what this process is about to give up
 
 	running   *config // in force, nil before the first
 	starting  *config // of an instance that is on its way up
@@ -168,7 +174,10 @@ func (n *node) inTurn(f func() error) error {
 
 // show tells the other processes what this one wants, and what it serves.
 func (n *node) show(want state, serves []endpoint) error {
-	return n.member.show(presence{Links: want.links, Rules: show(want.rules[backendIPT]), Serves: show(serves)})
+	return n.member.show(presence{
+		Links: want.links, Rules: show(want.rules[backendIPT]), Serves: show(serves),
+		LeavingLinks: n.leaving.links, LeavingRules: show(n.leaving.rules[backendIPT]),
+	})
 }
 
 // start puts on the node what cfg wants, beside what is there for the
@@ -223,11 +232,12 @@ func (n *node) bring(cfg *config) error {
 	}
 	// What cfg does not have is left while the old servers still read: they stop to
 	// read, with their sockets open, as soon as the new ones listen.
-	n.leave(was.without(n.withOthers(target)))
+	n.want, n.starting = want, cfg
+	n.leave(was.minus(target))
 	if n.running != nil {
 		n.serve(was.only(target))
+		n.readOut()
 	}
-	n.want, n.starting = want, cfg
 	n.tick(cfg.sync())
 	if !want.empty() {
 		n.watch()
@@ -270,9 +280,9 @@ func (n *node) over() error {
 	return err
 }
 
-// serves returns what CoreDNS listens on for the configuration in force.
+// serves returns what CoreDNS listens on for the configuration in force, and goes on to.
 func (n *node) serves() []endpoint {
-	if n.running == nil {
+	if n.running == nil || n.exited {
 		return nil
 	}
 	return n.running.listeners()
@@ -367,6 +377,7 @@ func (n *node) ensure(want state) (missing map[string]int, err error) {
 			errs = append(errs, err)
 			continue
 		}
+		n.heed(b, fw, want)
 		gone, err := fw.ensure(n.withOthers(want).rules[b])
 		missing[objectRule] += gone
 		errs = append(errs, err)
@@ -377,10 +388,17 @@ func (n *node) ensure(want state) (missing map[string]int, err error) {
 // withOthers returns want and what other processes want of what all share.
 func (n *node) withOthers(want state) state { return want.union(n.others.wants) }
 
+// heed tells a firewall what to heed when this process wants want.
+func (n *node) heed(backend string, fw firewall, want state) {
+	stays := want.minus(n.leaving).union(n.others.stays)
+	fw.heed(n.leaving.union(n.others.leaving).minus(stays).rules[backend], n.others.unknown)
+}
+
 // rules makes the rules of want stand, and no others of ours.
 func (n *node) rules(want state) error {
 	var errs []error
 	for name, fw := range n.firewalls {
+		n.heed(name, fw, want)
 		_, err := fw.ensure(n.withOthers(want).rules[name])
 		errs = append(errs, err)
 	}
@@ -393,15 +411,19 @@ func (n *node) rules(want state) error {
 // one to leave knows that it is.
 func (n *node) reduce(want state) error {
 	return n.inTurn(func() error {
+		left := n.leaving
+		n.leaving = state{}
 		if n.exited {
 			n.member.hide()
 		} else if err := n.show(want, n.serves()); err != nil {
 			return err
 		}
 		var err error
-		if (n.left || !maps.EqualFunc(want.rules, n.want.rules, slices.Equal)) && !n.others.unknown {
+		if !left.empty() || !maps.EqualFunc(want.rules, n.want.rules, slices.Equal) {
 			err = n.rules(want)
-			n.left = err != nil
+		}
+		for name, i := range n.netifs {
+			i.prefer(want.minus(want.minus(left)).links[name]) // what stays after all
 		}
 		n.sweep()
 		n.want = want
@@ -508,15 +530,35 @@ func orNone(s []string, none string) string {
 	return strings.Join(s, ", ")
 }
 
-// leave has the firewalls leave endpoints. The next reduce writes rules again.
-func (n *node) leave(gone map[string][]endpoint) {
-	for name, es := range gone {
-		if fw := n.firewalls[name]; fw != nil {
-			n.left = true
-			if err := fw.leave(es); err != nil {
-				log.Errorf("%v", count(err))
+// leave begins to give up going, and says so to the others: what nobody else stays
+// for gets no new UDP queries, and the node's own programs do not send from its
+// addresses any more. The next reduce ends this state.
+func (n *node) leave(going state) {
+	if going.empty() && !n.exited {
+		return
+	}
+	err := n.inTurn(func() error {
+		n.leaving = going
+		if err := n.show(n.want, n.serves()); err != nil {
+			log.Errorf("%v", err)
+		}
+		gone := going.minus(n.others.stays)
+		for name, addrs := range gone.links {
+			if i := n.netifs[name]; i != nil {
+				i.unprefer(addrs)
 			}
 		}
+		var errs []error
+		for name, es := range gone.rules {
+			if fw := n.firewalls[name]; fw != nil {
+				n.heed(name, fw, n.want)
+				errs = append(errs, fw.leave(n.withOthers(n.want).rules[name], es))
+			}
+		}
+		return errors.Join(errs...)
+	})
+	if err != nil {
+		log.Errorf("leaving: %v", count(err))
 	}
 }
 
@@ -528,7 +570,7 @@ func (n *node) restarting(cfg *config, yes bool) {
 // revert is OnRestartFailed of the instance of cfg, which goes on.
 func (n *node) revert(cfg *config) error {
 	return n.do(func() error {
-		if (n.starting == nil || n.starting == cfg) && !n.left || n.exited {
+		if (n.starting == nil || n.starting == cfg) && n.leaving.empty() || n.exited {
 			return nil
 		}
 		n.running, n.starting = cfg, nil
@@ -581,16 +623,7 @@ func (n *node) exit() {
 		}
 		began := time.Now()
 		kept := cfg.state(true, n.resolve)
-		var err error
-		if n.others, err = n.member.ask(); err != nil {
-			log.Errorf("%v", err)
-		}
-		for name, i := range n.netifs {
-			i.unprefer(slices.DeleteFunc(slices.Clone(n.want.links[name]), func(a netip.Addr) bool {
-				return slices.Contains(n.withOthers(kept).links[name], a)
-			}))
-		}
-		n.leave(n.want.without(n.withOthers(kept)))
+		n.leave(n.want.minus(kept))
 		es := cfg.listeners()
 		if n.starting != nil && n.starting != cfg {
 			es = append(es, n.starting.listeners()...)
@@ -655,6 +688,20 @@ func (n *node) drain(es []endpoint, kept bool, deadline time.Time) {
 	}
 }
 
+// readOut has the old servers read, in a reload, what has arrived for what they
+// leave: they stop to read soon, and what they have not read then is lost.
+func (n *node) readOut() {
+	if len(n.leaving.rules) == 0 {
+		return
+	}
+	time.Sleep(underWay)
+	for _, es := range n.leaving.rules {
+		if err := readOut(es, time.Now().Add(readOutLimit)); err != nil {
+			log.Errorf("leaving: %v", err)
+		}
+	}
+}
+
 // onlyShared returns what of want other processes serve too.
 func (n *node) onlyShared() state {
 	s := state{rules: map[string][]endpoint{}}
@@ -674,8 +721,9 @@ func (n *node) onlyShared() state {
 func (n *node) dropped() {
 	n.do(func() error {
 		if n.running != nil && n.running.restarting && !n.exited {
-			n.leave(n.want.without(n.others.wants))
+			n.leave(n.want)
 			n.serve(n.onlyShared())
+			n.readOut()
 		}
 		return nil
 	})

@@ -27,6 +27,8 @@ type fakeFirewall struct {
 	rules  []endpoint // as ensured
 	served []endpoint
 	lost   int // how many the next ensure finds missing
+	keep   bool
+	heeded []endpoint
 	fault  func(call string) error
 	during func(call string)
 }
@@ -51,6 +53,9 @@ func (f *fakeFirewall) ensure(es []endpoint) (int, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	n := f.lost
+	if f.keep {
+		es = state{rules: map[string][]endpoint{"": append(slices.Clone(es), f.rules...)}}.sorted().rules[""]
+	}
 	f.rules, f.lost = slices.Clone(es), 0
 	return n, nil
 }
@@ -62,8 +67,13 @@ func (f *fakeFirewall) serve(es []endpoint) {
 	f.served = slices.Clone(es)
 }
 
-func (f *fakeFirewall) leave(es []endpoint) error { return f.call("leave", es) }
-func (f *fakeFirewall) String() string            { return "fake" }
+func (f *fakeFirewall) leave(_, gone []endpoint) error { return f.call("leave", gone) }
+func (f *fakeFirewall) heed(leaving []endpoint, keep bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.heeded, f.keep = leaving, keep
+}
+func (f *fakeFirewall) String() string { return "fake" }
 
 // stand returns what is ensured and what is served.
 func (f *fakeFirewall) stand() (rules, served []endpoint) {
@@ -777,7 +787,7 @@ func TestConfigs(t *testing.T) {
 	if u, w := a.state(false, same).union(b.state(false, same)), b.state(false, same); fmt.Sprint(u) != fmt.Sprint(w) {
 		t.Errorf("the union is %v, want %v", u, w)
 	}
-	if gone := b.state(false, same).without(a.state(false, same)); list(gone[backendIPT]) != dnsOf("fd00:20::10") {
+	if gone := b.state(false, same).minus(a.state(false, same)); list(gone.rules[backendIPT]) != dnsOf("fd00:20::10") || list(gone.links[testLink]) != "fd00:20::10" {
 		t.Errorf("gone are %v", gone)
 	}
 	if !a.state(true, same).empty() || b.state(true, same).empty() {

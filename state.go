@@ -173,17 +173,24 @@ func (s state) union(t state) state {
 	return u.sorted()
 }
 
-// without returns, per backend, the endpoints of s that t does not have.
-func (s state) without(t state) map[string][]endpoint {
-	gone := map[string][]endpoint{}
-	for b, es := range s.rules {
-		for _, e := range es {
-			if _, found := slices.BinarySearchFunc(t.rules[b], e, compareEndpoints); !found {
-				gone[b] = append(gone[b], e)
+// minus returns what s has and t does not.
+func (s state) minus(t state) state {
+	m := state{links: map[string][]netip.Addr{}, rules: map[string][]endpoint{}}
+	for n, as := range s.links {
+		for _, a := range as {
+			if !slices.Contains(t.links[n], a) {
+				m.links[n] = append(m.links[n], a)
 			}
 		}
 	}
-	return gone
+	for b, es := range s.rules {
+		for _, e := range es {
+			if _, found := slices.BinarySearchFunc(t.rules[b], e, compareEndpoints); !found {
+				m.rules[b] = append(m.rules[b], e)
+			}
+		}
+	}
+	return m
 }
 
 // only returns the rules of s that t has too.
