@@ -27,6 +27,9 @@ KERNEL_RUN ?= Link|Prefer|Address|Park|Adopt|EnsureMakes|NFT|Exit|Skipteardown|H
 E2E_RUN ?= Dummy|LinkStaysDown|WithDefaults|ExitLeavesNodeAsItWas//empty|KillFallsThrough
 KERNEL_TIMEOUT ?= 1200
 
+# How often each thing is removed.
+REPAIRS ?= 20
+
 FUZZTIME ?= 5m
 # Percent of the package's statements.
 MIN_COVERAGE := 85
@@ -67,6 +70,17 @@ demo: deps coredns ## Show the cache at work in network namespaces of this machi
 .PHONY: continuity
 continuity: deps coredns ## Measure what clients notice of exits, crashes and the like (needs root).
 	go run ./test/continuity
+
+.PHONY: repairs
+repairs: deps coredns ## Measure how soon removed things are back, and what many addresses take (needs root).
+	go run ./test/continuity -repairs $(REPAIRS) -subjects all
+	go run ./test/continuity -rules -subjects all
+
+.PHONY: repairs-kernel
+repairs-kernel: coredns ## Measure repairs on Debian's kernel, which has the dummy driver, in QEMU (slow).
+	test/deps ip iptables nft xz
+	go build -o build/continuity ./test/continuity
+	IN_KERNEL_TIMEOUT=$(KERNEL_TIMEOUT) test/in-kernel build/continuity -repairs $(REPAIRS) -subjects all
 
 .PHONY: lint
 lint: ## Run go vet, staticcheck, gofmt and shellcheck.

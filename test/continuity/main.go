@@ -46,6 +46,8 @@ var (
 	choose  = flag.String("events", "", "only events whose name has one of these `words`, separated by commas")
 	which   = flag.String("subjects", "iptables-nft,nftables,plain", "what is measured, of iptables-nft, iptables-legacy, nftables (nodecache with that backend) and plain, or all")
 	limit   = flag.Duration("limit", 20*time.Minute, "when to give up")
+	times   = flag.Int("repairs", 0, "rather than that, remove what the cache needs so many `times` each, and measure how long the repair takes")
+	many    = flag.Bool("rules", false, "rather than that, measure how long 1, 50 and 500 addresses take")
 	verbose = flag.Bool("v", false, "print what went wrong with queries, and the logs of CoreDNS")
 )
 
@@ -80,6 +82,12 @@ func run() (err error) {
 	}
 	kernel, _ := exec.Command("uname", "-sr").Output()
 	fmt.Printf("`go run ./test/continuity %s`, %s, %s\n\n", strings.Join(os.Args[1:], " "), strings.TrimSpace(string(kernel)), time.Now().Format(time.DateOnly))
+	switch {
+	case *times > 0:
+		return repairs(*times, chosen)
+	case *many:
+		return rules(chosen)
+	}
 	fmt.Println("| event | cache | sent | pod to ClusterIP | gap | whole after | host to ClusterIP | gap | whole after | link-local | gap | whole after | entries | full |")
 	fmt.Println("|---|---|" + strings.Repeat("--:|", 12))
 	for _, e := range events {

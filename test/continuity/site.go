@@ -31,21 +31,22 @@ type site struct {
 	held    []int // sockets that take ports
 }
 
-func (s *site) corefile(more ...string) string {
+func (s *site) corefile(directive ...string) string {
 	var bind []string
 	for _, a := range all {
 		bind = append(bind, a.String())
 	}
-	lines := append([]string{"bind " + strings.Join(bind, " "), "errors", "cache 30", "forward . " + lab.DNSAddr.String()}, more...)
-	if s.firewall != "" {
+	lines := append([]string{"bind " + strings.Join(bind, " "), "errors", "cache 30", "forward . " + lab.DNSAddr.String()}, directive...)
+	if s.firewall != "" && len(directive) == 0 {
 		lines = append(lines, "nodecache {\n        firewall "+s.firewall+"\n    }")
 	}
 	return ".:53 {\n    " + strings.Join(lines, "\n    ") + "\n}\n"
 }
 
-// start starts one more process, and waits until it serves.
-func (s *site) start() error {
-	p, err := s.Start(*binary, s.corefile(), lab.Options{})
+// start starts one more process, and waits until it serves. directive may be given in
+// place of the subject's own.
+func (s *site) start(directive ...string) error {
+	p, err := s.Start(*binary, s.corefile(directive...), lab.Options{})
 	if err != nil {
 		return err
 	}

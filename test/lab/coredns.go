@@ -192,6 +192,20 @@ func (p *CoreDNS) WaitLog(mark int, text string) error {
 	return nil
 }
 
+// LoggedAt returns when the process last wrote a text, after a mark, and the mark after
+// that.
+func (p *CoreDNS) LoggedAt(mark int, text string) (at time.Time, end int) {
+	p.log.mu.Lock()
+	defer p.log.mu.Unlock()
+	last := mark + strings.LastIndex(p.log.text.String()[mark:], text)
+	for _, w := range p.log.writes {
+		if w.end > last {
+			return w.at, w.end
+		}
+	}
+	return time.Time{}, mark
+}
+
 func (p *CoreDNS) wait(mark int, ok func(log string) bool) error {
 	late := time.After(Patience)
 	for {
@@ -217,6 +231,13 @@ type log struct {
 	mu      sync.Mutex
 	text    strings.Builder
 	changed chan struct{} // closed at the next write
+	writes  []write
+}
+
+// A write is when the log had become so long.
+type write struct {
+	end int
+	at  time.Time
 }
 
 func (l *log) Write(b []byte) (int, error) {
@@ -224,6 +245,7 @@ func (l *log) Write(b []byte) (int, error) {
 	defer l.mu.Unlock()
 	close(l.changed)
 	l.changed = make(chan struct{})
+	l.writes = append(l.writes, write{l.text.Len() + len(b), time.Now()})
 	return l.text.Write(b)
 }
 
@@ -231,4 +253,30 @@ func (l *log) read() (string, <-chan struct{}) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.text.String(), l.changed
+}
+
+// CountPrograms returns what has a process count the iptables programs that it runs, as
+// a part of its environment, and how many that were since the last call.
+func (l *Lab) CountPrograms() (since func() (int, error), env []string, err error) {
+	dir, err := os.MkdirTemp(l.Dir, "counted")
+	if err != nil {
+		return nil, nil, err
+	}
+	calls := filepath.Join(dir, "calls")
+	for _, family := range []string{"iptables", "ip6tables"} {
+		for _, what := range []string{"", "-save", "-restore"} {
+			script := fmt.Sprintf("#!/bin/sh\necho \"%[1]s $*\" >>%[2]s\nexec %[3]s/bin/%[1]s \"$@\"\n", family+what, calls, l.Dir)
+			if err := os.WriteFile(filepath.Join(dir, family+what), []byte(script), 0o755); err != nil {
+				return nil, nil, err
+			}
+		}
+	}
+	since = func() (int, error) {
+		text, err := os.ReadFile(calls)
+		if errors.Is(err, os.ErrNotExist) {
+			return 0, nil
+		}
+		return strings.Count(string(text), "\n"), errors.Join(err, os.Remove(calls))
+	}
+	return since, []string{"PATH=" + dir + ":" + os.Getenv("PATH") + ":/usr/sbin:/sbin"}, nil
 }
