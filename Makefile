@@ -113,6 +113,10 @@ generate: ## Write the lists of plugins that plugin.cfg asks for.
 check-generated: ## Fail if the lists of plugins are not what plugin.cfg asks for.
 	cd cmd/coredns && go run ./generate -check
 
+.PHONY: manifests
+manifests: ## Copy the manifests of k8s/base to where they are applied as they are.
+	cp k8s/base/single/node-local.yaml k8s/base/ha/node-local-ha.yaml k8s
+
 .PHONY: image
 image: ## Build the container image IMAGE, for PLATFORMS.
 	docker buildx build --build-arg VERSION=$(VERSION) --tag $(IMAGE) \

@@ -1,11 +1,10 @@
-// Package k8s tests the manifests.
+// Package k8s tests the manifests: what can be said of them without starting anything.
+// test/manifests_test.go starts what they say.
 package k8s
 
 import (
-	"bytes"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -13,220 +12,421 @@ import (
 
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/labels"
 	"sigs.k8s.io/yaml"
 
-	"github.com/coredns/caddy"
-	"github.com/coredns/coredns/core/dnsserver"
-
-	_ "github.com/contentful-labs/coredns-nodecache"
-	_ "github.com/coredns/coredns/plugin/bind"
-	_ "github.com/coredns/coredns/plugin/cache"
-	_ "github.com/coredns/coredns/plugin/errors"
-	_ "github.com/coredns/coredns/plugin/forward"
-	_ "github.com/coredns/coredns/plugin/health"
-	_ "github.com/coredns/coredns/plugin/loop"
-	_ "github.com/coredns/coredns/plugin/metrics"
-	_ "github.com/coredns/coredns/plugin/ready"
-	_ "github.com/coredns/coredns/plugin/reload"
+	"github.com/contentful-labs/coredns-nodecache/test/manifest"
 )
 
-type manifest struct {
-	services   []corev1.Service
-	configMaps []corev1.ConfigMap
-	daemonSets []appsv1.DaemonSet
+// variant is what one way to apply the manifests has to come to.
+type variant struct {
+	image    string
+	firewall string // "" where the plugin has firewall none
+	caps     []corev1.Capability
+	lock     bool // the host's xtables lock
+	bind     string
+	pod      bool // on a pod's network
 }
 
-// load decodes a file as strictly as the API server validates fields.
-func load(t *testing.T, name string) (m manifest) {
-	t.Helper()
-	text, err := os.ReadFile(name)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for i, doc := range strings.Split(string(text), "\n---\n") {
-		var kind struct{ Kind string }
-		if err := yaml.Unmarshal([]byte(doc), &kind); err != nil {
-			t.Fatalf("%s, document %d: %v", name, i, err)
-		}
-		switch kind.Kind {
-		case "": // the comment at the head
-			continue
-		case "Service":
-			m.services = append(m.services, corev1.Service{})
-			err = yaml.UnmarshalStrict([]byte(doc), &m.services[len(m.services)-1])
-		case "ConfigMap":
-			m.configMaps = append(m.configMaps, corev1.ConfigMap{})
-			err = yaml.UnmarshalStrict([]byte(doc), &m.configMaps[len(m.configMaps)-1])
-		case "DaemonSet":
-			m.daemonSets = append(m.daemonSets, appsv1.DaemonSet{})
-			err = yaml.UnmarshalStrict([]byte(doc), &m.daemonSets[len(m.daemonSets)-1])
-		default:
-			err = fmt.Errorf("unexpected kind %s", kind.Kind)
-		}
+const image = "contentful-labs/coredns-nodecache:v0.1.0"
+
+var (
+	usual  = variant{image, "auto", []corev1.Capability{"NET_ADMIN", "NET_BIND_SERVICE", "NET_RAW"}, true, "169.254.20.10 {$KUBE_DNS_SERVICE_HOST}", false}
+	static = variant{image + "-nftables", "nftables", []corev1.Capability{"NET_ADMIN", "NET_BIND_SERVICE"}, false, usual.bind, false}
+)
+
+// components are those of the folder, each of which fits either base.
+var components = map[string]variant{
+	"iptables":   usual.with(func(v *variant) { v.firewall = "iptables" }),
+	"nftables":   static,
+	"ipvs":       usual.with(func(v *variant) { v.bind = "169.254.20.10" }),
+	"dual-stack": usual.with(func(v *variant) { v.bind += " fd00:20::10 {$KUBE_DNS_IPV6_SERVICE_HOST}" }),
+	"ipv6":       usual.with(func(v *variant) { v.bind = "fd00:20::10 {$KUBE_DNS_SERVICE_HOST}" }),
+	"cilium":     {image + "-nftables", "", []corev1.Capability{"NET_BIND_SERVICE"}, false, "eth0", true},
+	"fastpath":   usual,
+}
+
+func (v variant) with(change func(*variant)) variant { change(&v); return v }
+
+// The files that are applied as they are stand in the folders of the bases again, since
+// a kustomization reads nothing from above its own folder.
+func TestFilesAreTheBases(t *testing.T) {
+	for file, base := range map[string]string{"node-local.yaml": "single", "node-local-ha.yaml": "ha"} {
+		a, err := os.ReadFile(file)
 		if err != nil {
-			t.Fatalf("%s, document %d: %v", name, i, err)
+			t.Fatal(err)
+		}
+		b, err := os.ReadFile(filepath.Join("base", base, file))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if string(a) != string(b) {
+			t.Errorf("%s is not %s: run make manifests", file, filepath.Join("base", base, file))
 		}
 	}
-	return m
+	if files, err := filepath.Glob("*.yaml"); err != nil || len(files) != 2 {
+		t.Errorf("the manifests are %v (%v), want two", files, err)
+	}
 }
-
-// manifests are the files, with the number of DaemonSets in each.
-var manifests = map[string]int{"node-local.yaml": 1, "node-local-ha.yaml": 2}
 
 func TestManifests(t *testing.T) {
-	files, err := filepath.Glob("*.yaml")
-	if err != nil || len(files) != len(manifests) {
-		t.Fatalf("the manifests are %v (%v), want those of %v", files, err, manifests)
-	}
-	for name, sets := range manifests {
-		t.Run(name, func(t *testing.T) {
-			m := load(t, name)
-			if len(m.services) != 1 || len(m.configMaps) != 1 || len(m.daemonSets) != sets {
-				t.Fatalf("has %d Services, %d ConfigMaps, %d DaemonSets", len(m.services), len(m.configMaps), len(m.daemonSets))
+	for file, sets := range map[string]int{"node-local.yaml": 1, "node-local-ha.yaml": 2} {
+		t.Run(file, func(t *testing.T) {
+			m, err := manifest.Read(file)
+			if err != nil {
+				t.Fatal(err)
 			}
-			// Its variable is KUBE_DNS_UPSTREAM_SERVICE_HOST, in pods of the same namespace.
-			if s := m.services[0]; s.Name != "kube-dns-upstream" || s.Namespace != "kube-system" || s.Spec.Selector["k8s-app"] != "kube-dns" {
-				t.Errorf("the Service upstream is %s/%s of %v", s.Namespace, s.Name, s.Spec.Selector)
-			}
-			for _, ds := range m.daemonSets {
-				t.Run(ds.Name, func(t *testing.T) { checkDaemonSet(t, ds, m.configMaps[0]) })
-			}
+			check(t, m, sets, usual)
 		})
 	}
 }
 
-func checkDaemonSet(t *testing.T, ds appsv1.DaemonSet, cm corev1.ConfigMap) {
-	spec := ds.Spec.Template.Spec
+// Every overlay is a component on the single base, and has its name.
+func TestOverlays(t *testing.T) {
+	names := folders(t, "overlays")
+	if len(names) != len(components) {
+		t.Errorf("the overlays are %v, want those of the components", names)
+	}
+	for _, name := range names {
+		t.Run(name, func(t *testing.T) {
+			m, err := manifest.Build(filepath.Join("overlays", name))
+			if err != nil {
+				t.Fatal(err)
+			}
+			check(t, m, 1, components[name])
+		})
+	}
+}
+
+// Every component fits the pair too.
+func TestComponentsOnThePair(t *testing.T) {
+	for _, name := range folders(t, "components") {
+		t.Run(name, func(t *testing.T) {
+			check(t, combine(t, "ha", name), 2, components[name])
+		})
+	}
+}
+
+// What a user would combine works together.
+func TestComponentsTogether(t *testing.T) {
+	v := static.with(func(v *variant) { v.bind = components["dual-stack"].bind })
+	check(t, combine(t, "ha", "nftables", "dual-stack", "fastpath"), 2, v)
+}
+
+// combine builds a kustomization of a user's own.
+func combine(t *testing.T, base string, names ...string) *manifest.Manifest {
+	t.Helper()
+	here, err := os.Getwd()
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	up, err := filepath.Rel(dir, here)
+	if err != nil {
+		t.Fatal(err)
+	}
+	text := "resources:\n- " + filepath.Join(up, "base", base) + "\ncomponents:\n"
+	for _, name := range names {
+		text += "- " + filepath.Join(up, "components", name) + "\n"
+	}
+	if err := os.WriteFile(filepath.Join(dir, "kustomization.yaml"), []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	m, err := manifest.Build(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return m
+}
+
+func folders(t *testing.T, dir string) (names []string) {
+	t.Helper()
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		names = append(names, e.Name())
+		if _, ok := components[e.Name()]; !ok {
+			t.Errorf("%s/%s is not known to this test", dir, e.Name())
+		}
+	}
+	return names
+}
+
+func check(t *testing.T, m *manifest.Manifest, sets int, v variant) {
+	t.Helper()
+	if len(m.ConfigMaps) != 1 || len(m.DaemonSets) != sets {
+		t.Fatalf("has %d ConfigMaps and %d DaemonSets", len(m.ConfigMaps), len(m.DaemonSets))
+	}
+	for _, s := range m.Services {
+		if s.Namespace != "kube-system" || len(s.Spec.Selector) != 1 || s.Spec.Selector["k8s-app"] != "kube-dns" {
+			t.Errorf("the Service %s/%s is of %v, not of the cluster's DNS", s.Namespace, s.Name, s.Spec.Selector)
+		}
+		for _, p := range s.Spec.Ports {
+			if p.Port != 53 || p.TargetPort.IntValue() != 53 {
+				t.Errorf("the Service %s has the port %v", s.Name, p)
+			}
+		}
+	}
+	// Their variables are made of their names, in pods of the same namespace.
+	for name, variable := range map[string]string{"kube-dns-upstream": "KUBE_DNS_UPSTREAM", "kube-dns-ipv6": "KUBE_DNS_IPV6"} {
+		has := slices.ContainsFunc(m.Services, func(s corev1.Service) bool { return s.Name == name })
+		if uses := strings.Contains(fmt.Sprint(m.ConfigMaps[0].Data), "{$"+variable+"_SERVICE_HOST}"); has != uses {
+			t.Errorf("has the Service %s: %v, uses its variable: %v", name, has, uses)
+		}
+	}
+	if v.pod != (len(m.Policies) == 1) {
+		t.Errorf("on a pod's network: %v, and %d policies", v.pod, len(m.Policies))
+	}
+	for _, ds := range m.DaemonSets {
+		checkDaemonSet(t, m, ds, v)
+	}
+	if sets == 2 {
+		checkTwins(t, m.DaemonSets[0], m.DaemonSets[1])
+	}
+}
+
+func checkDaemonSet(t *testing.T, m *manifest.Manifest, ds appsv1.DaemonSet, v variant) {
+	t.Helper()
+	spec, cm := ds.Spec.Template.Spec, m.ConfigMaps[0]
 	if ds.Namespace != "kube-system" || cm.Namespace != "kube-system" {
 		t.Errorf("not in kube-system, whose Services it needs the variables of")
 	}
-	if !spec.HostNetwork || spec.DNSPolicy != corev1.DNSDefault || spec.PriorityClassName != "system-node-critical" ||
-		spec.AutomountServiceAccountToken == nil || *spec.AutomountServiceAccountToken {
+	if spec.HostNetwork == v.pod || spec.HostPID || spec.HostIPC {
+		t.Errorf("hostNetwork is %v, hostPID %v, hostIPC %v", spec.HostNetwork, spec.HostPID, spec.HostIPC)
+	}
+	if spec.DNSPolicy != corev1.DNSDefault || spec.PriorityClassName != "system-node-critical" {
 		t.Errorf("the pod is not one for the node's own DNS: %+v", spec)
 	}
+	if spec.ServiceAccountName != "" || spec.AutomountServiceAccountToken == nil || *spec.AutomountServiceAccountToken {
+		t.Error("the pod has a token of the API server")
+	}
 	// Without the variables of Services the Corefile is not complete.
-	if spec.EnableServiceLinks != nil && !*spec.EnableServiceLinks {
-		t.Error("enableServiceLinks is false")
+	if spec.EnableServiceLinks == nil || !*spec.EnableServiceLinks {
+		t.Error("enableServiceLinks is not true")
 	}
 	if len(spec.Tolerations) != 1 || spec.Tolerations[0] != (corev1.Toleration{Operator: corev1.TolerationOpExists}) {
 		t.Errorf("tolerates only %v", spec.Tolerations)
 	}
-	for k, v := range ds.Spec.Selector.MatchLabels {
-		if ds.Spec.Template.Labels[k] != v {
-			t.Errorf("its own pods lack the selector's %s: %s", k, v)
-		}
+	pods := labels.Set(ds.Spec.Template.Labels)
+	if !labels.SelectorFromSet(ds.Spec.Selector.MatchLabels).Matches(pods) {
+		t.Errorf("selects %v, its own pods are %v", ds.Spec.Selector.MatchLabels, pods)
 	}
-	// The Service would send the cache's misses back to the cache.
-	if ds.Spec.Template.Labels["k8s-app"] != "" {
-		t.Error("the pods have a label k8s-app, as those of the cluster's DNS have")
+	// The Services would send the cache's misses back to the cache.
+	for _, s := range m.Services {
+		if labels.SelectorFromSet(s.Spec.Selector).Matches(pods) {
+			t.Errorf("the Service %s leads to the cache", s.Name)
+		}
 	}
 	if u := ds.Spec.UpdateStrategy.RollingUpdate; u == nil || u.MaxSurge.String() != "1" || u.MaxUnavailable.String() != "0" {
 		t.Errorf("updates with %v", u)
 	}
-
-	if len(spec.Containers) != 1 {
-		t.Fatalf("has %d containers", len(spec.Containers))
+	if len(spec.Containers) != 1 || len(spec.InitContainers) != 0 {
+		t.Fatalf("has %d containers, and %d to start with", len(spec.Containers), len(spec.InitContainers))
 	}
 	c := spec.Containers[0]
-	if len(c.Ports) != 0 {
-		t.Errorf("declares ports, so that two pods can't be on one node: %v", c.Ports)
+	if c.Image != v.image {
+		t.Errorf("the image is %s, want %s", c.Image, v.image)
 	}
-	s := c.SecurityContext
-	if s == nil || s.Privileged == nil || *s.Privileged || s.ReadOnlyRootFilesystem == nil || !*s.ReadOnlyRootFilesystem ||
-		s.AllowPrivilegeEscalation == nil || *s.AllowPrivilegeEscalation ||
-		s.SeccompProfile == nil || s.SeccompProfile.Type != corev1.SeccompProfileTypeRuntimeDefault ||
-		!slices.Equal(s.Capabilities.Drop, []corev1.Capability{"ALL"}) ||
-		!slices.Equal(s.Capabilities.Add, []corev1.Capability{"NET_ADMIN", "NET_RAW", "NET_BIND_SERVICE"}) {
-		t.Errorf("the security context is %v", s)
+	// With hostNetwork they would be ports of the host, and two pods could not be on one node.
+	if (len(c.Ports) == 0) == v.pod {
+		t.Errorf("on a pod's network: %v, and declares the ports %v", v.pod, c.Ports)
 	}
-	if v := spec.Volumes; len(v) != 2 || v[0].ConfigMap == nil || v[0].ConfigMap.Name != cm.Name ||
-		v[1].HostPath == nil || v[1].HostPath.Path != "/run/xtables.lock" || *v[1].HostPath.Type != corev1.HostPathFileOrCreate {
-		t.Errorf("the volumes are %v", v)
+	for _, p := range m.Policies {
+		checkPolicy(t, p, pods, c.Ports)
+	}
+	checkSecurity(t, c.SecurityContext, v)
+	checkResources(t, c)
+	var volumes []string
+	for _, volume := range spec.Volumes {
+		volumes = append(volumes, volume.Name)
+		if volume.HostPath != nil && (volume.HostPath.Path != "/run/xtables.lock" || *volume.HostPath.Type != corev1.HostPathFileOrCreate) {
+			t.Errorf("takes %s of the host", volume.HostPath.Path)
+		}
+	}
+	want := []string{"config", "custom"}
+	if v.lock {
+		want = append(want, "xtables-lock")
+	}
+	if slices.Sort(volumes); !slices.Equal(volumes, want) || len(c.VolumeMounts) != len(want) {
+		t.Errorf("the volumes are %v, mounted %v, want %v", volumes, c.VolumeMounts, want)
 	}
 
-	corefile := expand(cm.Data["Corefile"], c.Env)
+	env, err := manifest.Env(c, map[string]string{"status.hostIP": "10.0.0.1"})
+	if err != nil {
+		t.Error(err)
+	}
+	if env["FIREWALL"] != v.firewall {
+		t.Errorf("the firewall is %q, want %q", env["FIREWALL"], v.firewall)
+	}
+	files, err := m.Files(spec, c, "/etc/coredns")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var names []string
+	for name := range files {
+		names = append(names, name)
+	}
+	slices.Sort(names)
+	if want := []string{"Corefile", "bind.conf", "custom/none.server", "nodecache.conf"}; !slices.Equal(names, want) {
+		t.Errorf("the files are %v, want %v", names, want)
+	}
+	if got := files["bind.conf"]; got != "bind "+v.bind+"\n" {
+		t.Errorf("binds with %q, want %q", got, v.bind)
+	}
+	corefile := files["Corefile"]
+	for name, value := range env {
+		corefile = strings.ReplaceAll(corefile, "{$"+name+"}", value)
+	}
 	for directive, probe := range map[string]*corev1.Probe{"health": c.LivenessProbe, "ready": c.ReadinessProbe} {
 		get := probe.HTTPGet
-		if want := fmt.Sprintf("\n    %s %s:%s\n", directive, get.Host, get.Port.String()); !strings.Contains(corefile, want) {
+		host := get.Host
+		if strings.Contains(host, ":") {
+			host = "[" + host + "]"
+		}
+		if want := fmt.Sprintf("\n    %s %s:%s {\n", directive, host, get.Port.String()); !strings.Contains(corefile, want) {
 			t.Errorf("a probe asks %s:%s, where %s does not listen", get.Host, get.Port.String(), directive)
 		}
 	}
-	if want := "\n    prometheus :" + ds.Spec.Template.Annotations["prometheus.io/port"] + "\n"; strings.Count(corefile, want) != 2 {
-		t.Errorf("the metrics are not all on the annotated port")
+	port := ds.Spec.Template.Annotations["prometheus.io/port"]
+	metrics := "10.0.0.1:" + port
+	switch {
+	case v.pod:
+		metrics = ":" + port
+	case strings.HasPrefix(v.bind, "fd"):
+		metrics = "[10.0.0.1]:" + port
 	}
-	checkCorefile(t, corefile)
-}
-
-// expand replaces the variables that the container and the Services bring.
-func expand(corefile string, env []corev1.EnvVar) string {
-	pairs := []string{"{$KUBE_DNS_SERVICE_HOST}", "10.96.0.10", "{$KUBE_DNS_UPSTREAM_SERVICE_HOST}", "10.96.7.7"}
-	for _, e := range env {
-		pairs = append(pairs, "{$"+e.Name+"}", e.Value)
-	}
-	return strings.NewReplacer(pairs...).Replace(corefile)
-}
-
-// checkCorefile has all plugins read a Corefile. None of them starts.
-func checkCorefile(t *testing.T, corefile string) {
-	if strings.Contains(corefile, "{$") {
-		t.Errorf("the Corefile has a variable that nothing sets:\n%s", corefile)
-	}
-	directives := []string{"reload", "bind", "nodecache", "ready", "health", "prometheus", "errors", "cache", "loop", "forward"}
-	if err := dnsserver.SetDirectives(directives); err != nil {
-		t.Fatal(err)
-	}
-	input := caddy.CaddyfileInput{Filepath: "Corefile", Contents: []byte(corefile), ServerTypeName: "dns"}
-	err := caddy.ValidateAndExecuteDirectives(input, nil, true)
-	if err != nil && strings.Contains(err.Error(), "capability NET_ADMIN") {
-		t.Skipf("reading the Corefile needs root: %v", err)
-	}
-	if err != nil {
-		t.Errorf("%v\n%s", err, corefile)
+	if !strings.Contains(corefile, "\n    prometheus "+metrics+"\n") {
+		t.Errorf("the metrics are not on %s:\n%s", metrics, corefile)
 	}
 }
 
-// Of two DaemonSets, neither may take the other's pods for its own.
-func TestSelectorsAreDistinct(t *testing.T) {
-	seen := map[string]string{}
-	for name := range manifests {
-		for _, ds := range load(t, name).daemonSets {
-			selector := fmt.Sprint(ds.Spec.Selector.MatchLabels)
-			if other := seen[selector]; other != "" {
-				t.Errorf("%s and %s select the same pods", ds.Name, other)
-			}
-			seen[selector] = ds.Name
+func checkSecurity(t *testing.T, s *corev1.SecurityContext, v variant) {
+	t.Helper()
+	switch {
+	case s == nil || s.Capabilities == nil || s.SeccompProfile == nil:
+		t.Fatalf("the security context is %v", s)
+	case s.Privileged == nil || *s.Privileged, s.AllowPrivilegeEscalation == nil || *s.AllowPrivilegeEscalation:
+		t.Error("is privileged, or can become so")
+	case s.ReadOnlyRootFilesystem == nil || !*s.ReadOnlyRootFilesystem:
+		t.Error("the root file system can be written")
+	case s.SeccompProfile.Type != corev1.SeccompProfileTypeRuntimeDefault:
+		t.Error("seccomp is not the runtime's default")
+	case s.RunAsUser == nil || *s.RunAsUser != 0:
+		t.Error("does not run as root, and would have no effective capabilities")
+	case !slices.Equal(s.Capabilities.Drop, []corev1.Capability{"ALL"}) || !slices.Equal(s.Capabilities.Add, v.caps):
+		t.Errorf("the capabilities are %v, want %v", s.Capabilities, v.caps)
+	}
+}
+
+// Go's own limit has to be reached before the kernel's.
+func checkResources(t *testing.T, c corev1.Container) {
+	t.Helper()
+	request, limit := c.Resources.Requests.Memory(), c.Resources.Limits.Memory()
+	if c.Resources.Requests.Cpu().IsZero() || request.IsZero() || limit.Cmp(*request) < 0 {
+		t.Errorf("the resources are %v", c.Resources)
+	}
+	// A limit of CPU would have answers wait.
+	if !c.Resources.Limits.Cpu().IsZero() {
+		t.Errorf("the CPU is limited: %v", c.Resources.Limits)
+	}
+}
+
+// A policy finds the pods by label, and their ports by name.
+func checkPolicy(t *testing.T, p manifest.RedirectPolicy, pods labels.Set, ports []corev1.ContainerPort) {
+	t.Helper()
+	if s := p.Spec.RedirectFrontend.ServiceMatcher; p.Metadata.Namespace != "kube-system" || s.ServiceName != "kube-dns" || s.Namespace != "kube-system" {
+		t.Errorf("the policy in %s is for %v", p.Metadata.Namespace, s)
+	}
+	if selector := p.Spec.RedirectBackend.LocalEndpointSelector.MatchLabels; len(selector) == 0 || !labels.SelectorFromSet(selector).Matches(pods) {
+		t.Errorf("the policy selects %v, the pods are %v", selector, pods)
+	}
+	if len(p.Spec.RedirectBackend.ToPorts) != len(ports) {
+		t.Errorf("the policy has the ports %v, the pod %v", p.Spec.RedirectBackend.ToPorts, ports)
+	}
+	for _, to := range p.Spec.RedirectBackend.ToPorts {
+		if !slices.ContainsFunc(ports, func(c corev1.ContainerPort) bool {
+			return c.Name == to.Name && fmt.Sprint(c.ContainerPort) == to.Port && c.Protocol == to.Protocol
+		}) {
+			t.Errorf("the pod has no port %v, it has %v", to, ports)
 		}
 	}
 }
 
-// What does not need to differ between the twins does not.
-func TestTwinsDifferInNameAndPorts(t *testing.T) {
-	m := load(t, "node-local-ha.yaml")
-	var twins [2][]byte
-	for i := range twins {
-		out, err := yaml.Marshal(m.daemonSets[i])
+// Neither of the twins may take the other's pods for its own, and what does not need to
+// differ between them does not.
+func checkTwins(t *testing.T, a, b appsv1.DaemonSet) {
+	t.Helper()
+	for _, x := range [][2]appsv1.DaemonSet{{a, b}, {b, a}} {
+		if labels.SelectorFromSet(x[0].Spec.Selector.MatchLabels).Matches(labels.Set(x[1].Spec.Template.Labels)) {
+			t.Errorf("%s selects the pods of %s", x[0].Name, x[1].Name)
+		}
+	}
+	text := func(ds appsv1.DaemonSet) string {
+		out, err := yaml.Marshal(ds)
 		if err != nil {
 			t.Fatal(err)
 		}
-		twins[i] = out
+		return string(out)
 	}
-	a := strings.NewReplacer("nodecache-a", "nodecache-b", "instance: a", "instance: b",
-		"8080", "8081", "8181", "8182", "9253", "9254").Replace(string(twins[0]))
-	if a != string(twins[1]) {
-		t.Errorf("a and b differ in more than name and ports:\n%s", diff(t, a, string(twins[1])))
+	got := strings.NewReplacer("nodecache-a", "nodecache-b", "instance: a", "instance: b",
+		"8080", "8081", "8181", "8182", "9253", "9254").Replace(text(a))
+	if want := text(b); got != want {
+		w, g := strings.Split(want, "\n"), strings.Split(got, "\n")
+		for i := range min(len(w), len(g)) {
+			if w[i] != g[i] {
+				t.Fatalf("a and b differ in more than name and ports: %q and %q", g[i], w[i])
+			}
+		}
+		t.Error("a and b differ in more than name and ports")
 	}
 }
 
-func diff(t *testing.T, a, b string) string {
-	dir := t.TempDir()
-	for name, text := range map[string]string{"a": a, "b": b} {
-		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
-			t.Fatal(err)
+// Both can be applied at once, while one takes the other's place.
+func TestSingleAndPairSideBySide(t *testing.T) {
+	single, err := manifest.Read("node-local.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	pair, err := manifest.Read("node-local-ha.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if single.ConfigMap(pair.ConfigMaps[0].Name) != nil {
+		t.Error("they have a ConfigMap of one name")
+	}
+	all := append(slices.Clone(single.DaemonSets), pair.DaemonSets...)
+	for i, a := range all {
+		for j, b := range all {
+			if i != j && labels.SelectorFromSet(a.Spec.Selector.MatchLabels).Matches(labels.Set(b.Spec.Template.Labels)) {
+				t.Errorf("%s selects the pods of %s", a.Name, b.Name)
+			}
 		}
 	}
-	var out bytes.Buffer
-	cmd := exec.Command("diff", "-u", filepath.Join(dir, "a"), filepath.Join(dir, "b"))
-	cmd.Stdout = &out
-	_ = cmd.Run() // it says no when they differ, and that is why we are here
-	return out.String()
+	// Whoever is deleted first must not take what the other needs.
+	for key, text := range single.ConfigMaps[0].Data {
+		if pair.ConfigMaps[0].Data[key] != text {
+			t.Errorf("%s of the single one and of the pair differ", key)
+		}
+	}
+	if s, p := single.Services[0].Spec.String(), pair.Services[0].Spec.String(); s != p {
+		t.Errorf("the Services differ: %s and %s", s, p)
+	}
+}
+
+// The fast path is the base and one line.
+func TestFastpathAddsOneLine(t *testing.T) {
+	base, err := manifest.Read("node-local.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	fast, err := manifest.Build("overlays/fastpath")
+	if err != nil {
+		t.Fatal(err)
+	}
+	const key = "nodecache.conf"
+	if got := strings.Replace(fast.ConfigMaps[0].Data[key], "    fastpath\n", "", 1); got != base.ConfigMaps[0].Data[key] {
+		t.Errorf("without its line it is\n%s\nwant\n%s", got, base.ConfigMaps[0].Data[key])
+	}
 }
