@@ -34,8 +34,9 @@ type CoreDNS struct {
 
 // Options are what can differ between processes.
 type Options struct {
-	Env []string // further environment variables; the last one wins
-	Via []string // a command that starts the rest of its arguments, such as capsh
+	Env   []string          // further environment variables; the last one wins
+	Via   []string          // a command that starts the rest of its arguments, such as setpriv
+	Files map[string]string // what stands beside the Corefile, by the path from there
 }
 
 // Start starts a binary with a configuration, and does not wait for it to serve.
@@ -48,6 +49,15 @@ func (l *Lab) Start(binary, corefile string, o Options) (*CoreDNS, error) {
 	p.log.changed = make(chan struct{})
 	if err := p.Configure(corefile); err != nil {
 		return nil, err
+	}
+	for name, text := range o.Files {
+		path := filepath.Join(dir, name)
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			return nil, err
+		}
+		if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
+			return nil, err
+		}
 	}
 	words := append(append([]string{}, o.Via...), binary, "-conf", p.Corefile)
 	cmd := l.Node.command(words[0], words[1:]...)

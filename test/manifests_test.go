@@ -1,0 +1,277 @@
+package e2e
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/miekg/dns"
+	appsv1 "k8s.io/api/apps/v1"
+	corev1 "k8s.io/api/core/v1"
+
+	"github.com/contentful-labs/coredns-nodecache/test/lab"
+	"github.com/contentful-labs/coredns-nodecache/test/manifest"
+)
+
+const (
+	nodeIP  = "10.0.2.1"
+	nodeIP6 = "fd00:2::1"
+	podIP   = "10.0.3.2" // of node.eth0
+)
+
+// A pod is what kubelet makes of a DaemonSet, on a lab's node.
+type pod struct {
+	corefile string
+	options  lab.Options
+	env      map[string]string
+	probes   []string // URLs that kubelet asks
+	metrics  string   // host:port
+	bound    []netip.Addr
+	ownNet   bool
+}
+
+// pod does kubelet's part: environment, files, capabilities.
+func (n *node) pod(m *manifest.Manifest, ds appsv1.DaemonSet, custom ...corev1.ConfigMap) *pod {
+	n.Helper()
+	spec := ds.Spec.Template.Spec
+	c := spec.Containers[0]
+	ip := nodeIP
+	ipv6 := slices.ContainsFunc(c.Env, func(e corev1.EnvVar) bool { return e.Name == "HOST_IP" })
+	if ipv6 {
+		ip = nodeIP6
+	}
+	env, err := manifest.Env(c, map[string]string{"status.hostIP": ip})
+	n.must(err)
+	// Those of the Services. The upstream one is the cluster's DNS server itself.
+	env["KUBE_DNS_SERVICE_HOST"] = lab.ClusterIP.String()
+	env["KUBE_DNS_UPSTREAM_SERVICE_HOST"] = lab.DNSAddr.String()
+	if ipv6 {
+		env["KUBE_DNS_SERVICE_HOST"] = lab.ClusterIP6.String()
+		env["KUBE_DNS_UPSTREAM_SERVICE_HOST"] = lab.DNSAddr6.String()
+	}
+	for _, s := range m.Services {
+		if s.Name == "kube-dns-ipv6" {
+			env["KUBE_DNS_IPV6_SERVICE_HOST"] = lab.ClusterIP6.String()
+		}
+	}
+	files, err := m.Files(spec, c, "/etc/coredns", custom...)
+	n.must(err)
+	// The node's own resolvers, which dnsPolicy Default brings, are the cluster's DNS too.
+	resolvers := filepath.Join(n.Dir, "resolv.conf")
+	n.must(os.WriteFile(resolvers, []byte("nameserver "+lab.DNSAddr.String()+"\n"), 0o644))
+	p := &pod{corefile: strings.ReplaceAll(files["Corefile"], "/etc/resolv.conf", resolvers), env: env, ownNet: !spec.HostNetwork}
+	delete(files, "Corefile")
+	p.options.Files = files
+	for name, value := range env {
+		p.options.Env = append(p.options.Env, name+"="+value)
+	}
+	var caps []string
+	for _, name := range c.SecurityContext.Capabilities.Add {
+		caps = append(caps, string(name))
+	}
+	p.options.Via = privileged(caps...)
+
+	own := podIP // where a probe without a host goes
+	for _, probe := range []*corev1.Probe{c.LivenessProbe, c.ReadinessProbe} {
+		host := probe.HTTPGet.Host
+		switch {
+		case host == "":
+			host = own
+		case strings.Contains(host, ":"):
+			host = "[" + host + "]"
+		}
+		p.probes = append(p.probes, fmt.Sprintf("http://%s:%s%s", host, probe.HTTPGet.Port.String(), probe.HTTPGet.Path))
+	}
+	p.metrics = env["NODE_IP"] + ":" + env["METRICS_PORT"]
+	for _, word := range strings.Fields(files["bind.conf"])[1:] {
+		if name, ok := strings.CutPrefix(word, "{$"); ok {
+			word = env[strings.TrimSuffix(name, "}")]
+		}
+		if word == "eth0" {
+			p.bound = append(p.bound, netip.MustParseAddr(podIP))
+			p.metrics = podIP + p.metrics
+			continue
+		}
+		p.bound = append(p.bound, netip.MustParseAddr(word))
+	}
+	return p
+}
+
+// up starts the pod and waits until its probes say that it is ready.
+func (n *node) up(p *pod) *process {
+	n.Helper()
+	running := n.launch(p.corefile, p.options)
+	n.must(running.WaitServing())
+	n.must(running.WaitLog(0, inPlace))
+	for _, url := range p.probes {
+		var err error
+		if !eventually(func() bool { _, err = get(n.Node, url); return err == nil }) {
+			n.Errorf("the probe %s: %v", url, err)
+		}
+	}
+	return running
+}
+
+// custom is what a user adds.
+var custom = corev1.ConfigMap{Data: map[string]string{"example.server": `example.org:53 {
+    import node
+    hosts {
+        203.0.113.9 my.example.org
+    }
+}
+`}}
+
+func init() { custom.Name = "nodecache-custom" }
+
+// ask asks the cache for an address.
+func (n *node) ask(c client, at netip.Addr, name string) (*dns.Msg, error) {
+	m := new(dns.Msg).SetQuestion(name, dns.TypeA)
+	var answer *dns.Msg
+	err := c.ns.Do(func() (err error) {
+		answer, err = dns.Exchange(m, netip.AddrPortFrom(at, 53).String())
+		return err
+	})
+	return answer, err
+}
+
+// serves checks that a running pod does all that its manifest says.
+func (n *node) serves(p *pod) {
+	n.Helper()
+	clients := n.clients()
+	if p.ownNet {
+		// Here the node's namespace stands for the pod's own.
+		clients = []client{{"host", n.Node}}
+	}
+	for _, c := range clients {
+		for _, proto := range protos {
+			n.run(lab.Load{From: c.ns, Proto: proto, To: on(p.bound...), Count: 5 * len(p.bound)}, false)
+		}
+		for _, at := range p.bound {
+			for name, want := range map[string]string{
+				"a.default.svc.cluster.local.": "192.0.2.1",
+				"www.example.com.":             "192.0.2.1",
+				"my.example.org.":              "203.0.113.9",
+			} {
+				answer, err := n.ask(c, at, name)
+				if err != nil || len(answer.Answer) != 1 || !strings.HasSuffix(answer.Answer[0].String(), want) {
+					n.Errorf("%s asks %s for %s and gets %v, %v", c.name, at, name, answer, err)
+				}
+			}
+		}
+	}
+	body, err := get(n.Node, "http://"+p.metrics+"/metrics")
+	n.must(err)
+	n.has(body, "coredns_cache_entries", "coredns_nodecache_setup_errors_total")
+	if p.ownNet {
+		return
+	}
+	for _, other := range append([]netip.Addr{netip.MustParseAddr("127.0.0.1")}, p.bound...) {
+		port, err := strconv.ParseUint(p.env["METRICS_PORT"], 10, 16)
+		n.must(err)
+		at := netip.AddrPortFrom(other, uint16(port))
+		if _, err := get(n.Node, "http://"+at.String()+"/metrics"); !errors.Is(err, syscall.ECONNREFUSED) {
+			n.Errorf("asking %s for metrics: %v, want a refusal", at, err)
+		}
+	}
+}
+
+// quiet checks that a log has nothing to worry about.
+func (n *node) quiet(log string) {
+	n.Helper()
+	for line := range strings.Lines(log) {
+		if strings.Contains(line, "[WARNING]") || strings.Contains(line, "[ERROR]") && !strings.Contains(line, "HINFO") {
+			n.Error(strings.TrimSpace(line))
+		}
+	}
+}
+
+// fastpathMissing says why the overlay fastpath can't be started yet.
+func fastpathMissing(t *testing.T) string {
+	if !strings.Contains(read(t, filepath.Join("..", "setup.go")), `"fastpath"`) {
+		return "the directive has no property fastpath yet"
+	}
+	return ""
+}
+
+// Every manifest as it stands, with exactly its capabilities, answers and leaves nothing.
+func TestManifests(t *testing.T) {
+	k8s := filepath.Join("..", "k8s")
+	read := func(file string) func() (*manifest.Manifest, error) {
+		return func() (*manifest.Manifest, error) { return manifest.Read(filepath.Join(k8s, file)) }
+	}
+	manifests := map[string]func() (*manifest.Manifest, error){
+		"node-local.yaml": read("node-local.yaml"), "node-local-ha.yaml": read("node-local-ha.yaml"),
+	}
+	overlays, err := os.ReadDir(filepath.Join(k8s, "overlays"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, o := range overlays {
+		manifests[o.Name()] = func() (*manifest.Manifest, error) {
+			return manifest.Build(filepath.Join(k8s, "overlays", o.Name()))
+		}
+	}
+	for name, load := range manifests {
+		for _, variant := range []lab.Iptables{lab.NFT, lab.Legacy} {
+			t.Run(name+"/"+string(variant), func(t *testing.T) {
+				if why := fastpathMissing(t); name == "fastpath" && why != "" {
+					t.Skip(why)
+				}
+				n := newNode(t, backend{iptables: variant})
+				m, err := load()
+				n.must(err)
+				if len(m.Policies) > 0 {
+					n.eth0()
+				}
+				before := n.snapshot()
+				var pods []*pod
+				var running []*process
+				for _, ds := range m.DaemonSets {
+					p := n.pod(m, ds, custom)
+					pods = append(pods, p)
+					running = append(running, n.up(p))
+				}
+				for _, p := range pods {
+					n.serves(p)
+				}
+				for i, r := range running {
+					n.has(r.Log(), firewallOf(pods[i].env["FIREWALL"]))
+					r.exit(syscall.SIGTERM)
+					n.quiet(r.Log())
+					if i < len(running)-1 {
+						n.serves(pods[i+1])
+					}
+				}
+				n.same("after the exit", before, n.snapshot())
+			})
+		}
+	}
+}
+
+// firewallOf is what the log says of a backend.
+func firewallOf(word string) string {
+	switch word {
+	case "":
+		return inPlace
+	case "auto":
+		word = "iptables"
+	}
+	return "tracking by " + word
+}
+
+// Without a ConfigMap of the user's there is nothing to import, and nothing to warn of.
+func TestManifestWithoutCustomBlocks(t *testing.T) {
+	n := newNode(t, iptablesNFT)
+	m, err := manifest.Read(filepath.Join("..", "k8s", "node-local.yaml"))
+	n.must(err)
+	p := n.up(n.pod(m, m.DaemonSets[0]))
+	n.quiet(p.Log())
+	p.exit(syscall.SIGTERM)
+}
