@@ -121,6 +121,17 @@ func (n *node) eth0() {
 		_, err := n.Node.Run(words[0], words[1:]...)
 		n.must(err)
 	}
+	// The carrier comes somewhat later, and would be a difference of the node.
+	for _, link := range []string{"eth0", "eth0-peer"} {
+		up := func() bool {
+			out, err := n.Node.Run("ip", "link", "show", link)
+			n.must(err)
+			return strings.Contains(out, " state UP ")
+		}
+		if !eventually(up) {
+			n.Fatalf("%s does not come up", link)
+		}
+	}
 }
 
 // The README has every metric with its labels and its help, and no others.
