@@ -1,37 +1,46 @@
-# The image of coredns with nodecache, for any architecture that Debian and Go have:
+# The images of coredns with nodecache:
 #
-#     docker buildx build --platform linux/amd64,linux/arm64 .
+#     docker buildx build --platform linux/amd64,linux/arm64 --target iptables .
+#     docker buildx build --platform linux/amd64,linux/arm64 --target nftables .
 #
-# The base images are pinned by version. To pin the very bytes too append the digest that
+# The first has both variants of iptables, and chooses the node's own at its start. The
+# second has nothing but coredns, for firewall nftables. `make image-root` lays out what is
+# in them, here and on any Debian without Docker.
+#
+# The base image is pinned by version. To pin the very bytes too append the digest that
 # `docker buildx imagetools inspect IMAGE` prints: golang:1.26-bookworm@sha256:...
 
 ARG GO_IMAGE=golang:1.26-bookworm
-ARG BASE_IMAGE=debian:bookworm-slim
 
-# Go compiles for another architecture as fast as for its own, an emulated Go does not.
+# Go compiles for another architecture as fast as for its own, and Debian's packages are
+# only unpacked, so nothing is emulated.
 FROM --platform=$BUILDPLATFORM ${GO_IMAGE} AS build
 WORKDIR /src
-# By themselves, so that a change of the source does not download all modules again.
+ARG TARGETARCH
+COPY Makefile .
+COPY image image
+# By themselves, so that a change of the source does not fetch everything again.
+RUN make build/deb/$TARGETARCH
 COPY go.mod go.sum ./
 RUN go mod download
 COPY . .
-ARG TARGETOS TARGETARCH
 # The source comes without git; `make image` passes what git knows.
 ARG VERSION=unknown
-RUN GOOS=$TARGETOS GOARCH=$TARGETARCH make VERSION="$VERSION"
+RUN make image-root ARCH=$TARGETARCH VERSION="$VERSION" && mv build/image/$TARGETARCH /root-of
 
-FROM ${BASE_IMAGE}
-# Both variants of iptables: which one the node uses shows itself at the start. The
-# certificates are for upstreams that are asked over TLS.
-RUN apt-get update \
-    && apt-get install -y --no-install-recommends ca-certificates iptables \
-    && rm -rf /var/lib/apt/lists/*
-COPY image/layout image/entrypoint /usr/lib/nodecache/
-RUN /usr/lib/nodecache/layout /usr/lib/nodecache/iptables
-COPY --from=build /src/coredns /usr/bin/coredns
+# Both run as root, since the capabilities that a container adds reach no other user's
+# processes: NET_ADMIN and NET_BIND_SERVICE, and for legacy iptables NET_RAW.
+FROM scratch AS nftables
+COPY --from=build /root-of/nftables /
+ENV PATH=/usr/bin
+USER 0:0
+WORKDIR /
+ENTRYPOINT ["/usr/bin/coredns"]
+CMD ["-conf", "/etc/coredns/Corefile"]
 
-# Root, since the capabilities that a container adds reach no other user's processes. It
-# takes NET_ADMIN, NET_RAW for legacy iptables, and NET_BIND_SERVICE; drop all others.
+FROM scratch AS iptables
+COPY --from=build /root-of/iptables /
+ENV PATH=/usr/sbin:/usr/bin:/sbin:/bin
 USER 0:0
 WORKDIR /
 ENTRYPOINT ["/usr/lib/nodecache/entrypoint"]

@@ -16,6 +16,8 @@ STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 SCRIPTS = $(shell grep -rIlE --exclude-dir=.git --exclude-dir=build '^\#!(/usr)?/bin/(env )?(ba)?sh' .)
 
 IMAGE ?= contentful-labs/coredns-nodecache:$(VERSION)
+# Debian's and Go's name of what the images run on.
+ARCH ?= $(shell go env GOARCH)
 # Such as linux/amd64,linux/arm64; by default this machine's own.
 PLATFORMS ?=
 # Further arguments of `docker buildx build`, such as --push.
@@ -45,11 +47,11 @@ full: ## Build ./coredns with all of CoreDNS's plugins.
 	go build -tags '$(TAGS),full' -ldflags '$(LDFLAGS)' -o coredns ./cmd/coredns
 
 .PHONY: test
-test: deps coredns ## Run all tests; those with network namespaces need root, and skip without.
+test: deps coredns image-root ## Run all tests; those with network namespaces need root, and skip without.
 	go test -count=1 -timeout 40m ./...
 
 .PHONY: e2e
-e2e: deps coredns ## Run the end-to-end tests alone (needs root).
+e2e: deps coredns image-root ## Run the end-to-end tests alone (needs root).
 	go test -count=1 -timeout 20m ./test/...
 
 .PHONY: test-kernel
@@ -118,9 +120,24 @@ manifests: ## Copy the manifests of k8s/base to where they are applied as they a
 	cp k8s/base/single/node-local.yaml k8s/base/ha/node-local-ha.yaml k8s
 
 .PHONY: image
-image: ## Build the container image IMAGE, for PLATFORMS.
-	docker buildx build --build-arg VERSION=$(VERSION) --tag $(IMAGE) \
+image: ## Build the container images IMAGE and IMAGE-nftables, for PLATFORMS.
+	docker buildx build --build-arg VERSION=$(VERSION) --target iptables --tag $(IMAGE) \
 		$(if $(PLATFORMS),--platform $(PLATFORMS)) $(IMAGE_FLAGS) .
+	docker buildx build --build-arg VERSION=$(VERSION) --target nftables --tag $(IMAGE)-nftables \
+		$(if $(PLATFORMS),--platform $(PLATFORMS)) $(IMAGE_FLAGS) .
+
+.PHONY: image-root
+image-root: build/deb/$(ARCH) ## Lay out what the images for ARCH hold, below build/image/ARCH.
+	GOARCH=$(ARCH) go build -tags '$(TAGS)' -ldflags '$(LDFLAGS)' -o build/image/coredns-$(ARCH) ./cmd/coredns
+	for target in iptables nftables; do \
+		image/root $$target build/image/coredns-$(ARCH) build/deb/$(ARCH) build/image/$(ARCH)/$$target || exit; \
+	done
+
+# Debian's packages of the image. Once here they stay; make clean has them fetched anew.
+build/deb/%:
+	image/packages $* $@.new
+	rm -rf $@
+	mv $@.new $@
 
 .PHONY: deps
 deps:

@@ -85,32 +85,6 @@ func TestCapabilities(t *testing.T) {
 	documented(t, "security.md", "capabilities", table.String())
 }
 
-// capSets is what a process can do, now and ever, one name after the other.
-func capSets(n *node, pid int) string {
-	n.Helper()
-	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
-	n.must(err)
-	sets := regexp.MustCompile(`Cap(?:Prm|Eff|Bnd):\s+([0-9a-f]+)`).FindAllStringSubmatch(string(status), -1)
-	if len(sets) != 3 || sets[0][1] != sets[1][1] || sets[1][1] != sets[2][1] {
-		n.Errorf("permitted, effective and possible capabilities differ: %v", sets)
-	}
-	var bits uint64
-	_, err = fmt.Sscanf(sets[0][1], "%x", &bits)
-	n.must(err)
-	var names []string
-	for name, bit := range map[string]int{"NET_BIND_SERVICE": 10, "NET_ADMIN": 12, "NET_RAW": 13} {
-		if bits&(1<<bit) != 0 {
-			names = append(names, name)
-			bits &^= 1 << bit
-		}
-	}
-	if bits != 0 {
-		n.Errorf("has further capabilities: %x", bits)
-	}
-	slices.Sort(names)
-	return strings.Join(names, ",")
-}
-
 // varying is what differs between machines and runs: which address came first, which
 // of the two iptables, and its version.
 var varying = regexp.MustCompile(`\S+:53/(udp|tcp)|ip6?tables-save v\S+ |ip6?tables`)

@@ -34,6 +34,7 @@ type pod struct {
 	probes   []string // URLs that kubelet asks
 	metrics  string   // host:port
 	bound    []netip.Addr
+	caps     []string
 	ownNet   bool
 }
 
@@ -72,11 +73,10 @@ func (n *node) pod(m *manifest.Manifest, ds appsv1.DaemonSet, custom ...corev1.C
 	for name, value := range env {
 		p.options.Env = append(p.options.Env, name+"="+value)
 	}
-	var caps []string
 	for _, name := range c.SecurityContext.Capabilities.Add {
-		caps = append(caps, string(name))
+		p.caps = append(p.caps, string(name))
 	}
-	p.options.Via = privileged(caps...)
+	p.options.Via = privileged(p.caps...)
 
 	own := podIP // where a probe without a host goes
 	for _, probe := range []*corev1.Probe{c.LivenessProbe, c.ReadinessProbe} {
