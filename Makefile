@@ -84,6 +84,10 @@ repairs-kernel: coredns ## Measure repairs on Debian's kernel, which has the dum
 	go build -o build/continuity ./test/continuity
 	IN_KERNEL_TIMEOUT=$(KERNEL_TIMEOUT) test/in-kernel build/continuity -repairs $(REPAIRS) -subjects all
 
+.PHONY: sizing
+sizing: deps coredns ## Measure memory against cached answers and server blocks (needs root).
+	go run ./test/sizing
+
 .PHONY: lint
 lint: ## Run go vet, staticcheck, gofmt and shellcheck.
 	go vet ./...

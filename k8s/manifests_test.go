@@ -6,12 +6,15 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/resource"
 	"k8s.io/apimachinery/pkg/labels"
 	"sigs.k8s.io/yaml"
 
@@ -113,8 +116,20 @@ func TestComponentsTogether(t *testing.T) {
 	check(t, combine(t, "ha", "nftables", "dual-stack", "fastpath"), 2, v)
 }
 
-// combine builds a kustomization of a user's own.
+// combine builds a kustomization of components.
 func combine(t *testing.T, base string, names ...string) *manifest.Manifest {
+	t.Helper()
+	return build(t, func(up string) string {
+		text := "resources:\n- " + filepath.Join(up, "base", base) + "\ncomponents:\n"
+		for _, name := range names {
+			text += "- " + filepath.Join(up, "components", name) + "\n"
+		}
+		return text
+	})
+}
+
+// build builds a kustomization of a user's own. up is the way to this folder.
+func build(t *testing.T, text func(up string) string) *manifest.Manifest {
 	t.Helper()
 	here, err := os.Getwd()
 	if err != nil {
@@ -125,11 +140,7 @@ func combine(t *testing.T, base string, names ...string) *manifest.Manifest {
 	if err != nil {
 		t.Fatal(err)
 	}
-	text := "resources:\n- " + filepath.Join(up, "base", base) + "\ncomponents:\n"
-	for _, name := range names {
-		text += "- " + filepath.Join(up, "components", name) + "\n"
-	}
-	if err := os.WriteFile(filepath.Join(dir, "kustomization.yaml"), []byte(text), 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(dir, "kustomization.yaml"), []byte(text(up)), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	m, err := manifest.Build(dir)
@@ -237,7 +248,6 @@ func checkDaemonSet(t *testing.T, m *manifest.Manifest, ds appsv1.DaemonSet, v v
 		checkPolicy(t, p, pods, c.Ports)
 	}
 	checkSecurity(t, c.SecurityContext, v)
-	checkResources(t, c)
 	var volumes []string
 	for _, volume := range spec.Volumes {
 		volumes = append(volumes, volume.Name)
@@ -276,6 +286,7 @@ func checkDaemonSet(t *testing.T, m *manifest.Manifest, ds appsv1.DaemonSet, v v
 		t.Errorf("binds with %q, want %q", got, v.bind)
 	}
 	corefile := files["Corefile"]
+	checkResources(t, c, corefile)
 	for name, value := range env {
 		corefile = strings.ReplaceAll(corefile, "{$"+name+"}", value)
 	}
@@ -320,17 +331,88 @@ func checkSecurity(t *testing.T, s *corev1.SecurityContext, v variant) {
 	}
 }
 
-// Go's own limit has to be reached before the kernel's.
-func checkResources(t *testing.T, c corev1.Container) {
+// checkResources checks that the resources follow docs/sizing.md: what may be cached and
+// what may wait fits into the limit, and what is usual into the request.
+func checkResources(t *testing.T, c corev1.Container, corefile string) {
 	t.Helper()
 	request, limit := c.Resources.Requests.Memory(), c.Resources.Limits.Memory()
-	if c.Resources.Requests.Cpu().IsZero() || request.IsZero() || limit.Cmp(*request) < 0 {
-		t.Errorf("the resources are %v", c.Resources)
+	if c.Resources.Requests.Cpu().IsZero() || !c.Resources.Limits.Cpu().IsZero() {
+		t.Errorf("the CPU is %v, want a request and no limit, which would have answers wait", c.Resources)
 	}
-	// A limit of CPU would have answers wait.
-	if !c.Resources.Limits.Cpu().IsZero() {
-		t.Errorf("the CPU is limited: %v", c.Resources.Limits)
+	number := func(pattern string) (all []float64) {
+		for _, m := range regexp.MustCompile(pattern).FindAllStringSubmatch(corefile, -1) {
+			n, err := strconv.ParseFloat(m[1], 64)
+			if err != nil {
+				t.Fatal(err)
+			}
+			all = append(all, n)
+		}
+		return all
 	}
+	entries, waiting := 0.0, 0.0
+	for _, n := range number(`(?m)^\s+(?:success|denial) (\d+)`) {
+		entries += n
+	}
+	for _, n := range number(`max_concurrent (\d+)`) {
+		waiting += n
+	}
+	blocks := float64(strings.Count(corefile, "forward . "))
+	if entries != 4*9984 || waiting != 2000 || blocks != 2 {
+		t.Fatalf("%v entries, %v waiting, %v blocks", entries, waiting, blocks)
+	}
+	s := sizing(t)
+	// In MiB. Half of a full cache is usual.
+	most := s["the process"] + blocks*s["a server block"] + waiting*s["a query that waits"] + entries*s["an answer, three names, four addresses"]
+	usual := s["the process"] + blocks*s["a server block"] + entries/2*s["an answer, one address"]
+	const mib = 1 << 20
+	if got := float64(limit.Value()) / mib; got < most || got > 1.5*most {
+		t.Errorf("the limit is %.0f MiB, want at least the %.0f that can be needed, and not much more", got, most)
+	}
+	if got := float64(request.Value()) / mib; got < usual || got > 1.5*usual {
+		t.Errorf("the request is %.0f MiB, want at least the %.0f of half a cache, and not much more", got, usual)
+	}
+	// The collector has to be hurried before the kernel kills. What it does not count, the
+	// program's own pages, is less than the process without any answer.
+	for _, e := range c.Env {
+		if e.Name != "GOMEMLIMIT" {
+			continue
+		}
+		quantity, err := resource.ParseQuantity(strings.TrimSuffix(e.Value, "B"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if rest := float64(limit.Value()-quantity.Value()) / mib; rest < s["the process"] || rest > 2*s["the process"] {
+			t.Errorf("GOMEMLIMIT is %.0f MiB below the limit", rest)
+		}
+		return
+	}
+	t.Error("GOMEMLIMIT is not set")
+}
+
+// sizing reads the numbers of docs/sizing.md, in MiB.
+func sizing(t *testing.T) map[string]float64 {
+	t.Helper()
+	page, err := os.ReadFile(filepath.Join("..", "docs", "sizing.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	all := map[string]float64{}
+	for _, m := range regexp.MustCompile(`(?m)^\| ([^|]+) \| ([0-9.]+) (MiB|KiB) \|$`).FindAllStringSubmatch(string(page), -1) {
+		n, err := strconv.ParseFloat(m[2], 64)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if m[3] == "KiB" {
+			n /= 1024
+		}
+		all[m[1]] = n
+	}
+	for _, name := range []string{"the process", "a server block", "a query that waits", "an answer, one address", "an answer, three names, four addresses"} {
+		if all[name] == 0 {
+			t.Fatalf("docs/sizing.md does not say what memory is for %s", name)
+		}
+	}
+	return all
 }
 
 // A policy finds the pods by label, and their ports by name.
@@ -428,5 +510,32 @@ func TestFastpathAddsOneLine(t *testing.T) {
 	const key = "nodecache.conf"
 	if got := strings.Replace(fast.ConfigMaps[0].Data[key], "    fastpath\n", "", 1); got != base.ConfigMaps[0].Data[key] {
 		t.Errorf("without its line it is\n%s\nwant\n%s", got, base.ConfigMaps[0].Data[key])
+	}
+}
+
+// The kustomization that the README shows builds, and does what it says.
+func TestReadmeKustomization(t *testing.T) {
+	readme, err := os.ReadFile(filepath.Join("..", "README.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, text, ok := strings.Cut(string(readme), "\n~~~ yaml\n")
+	text, _, ok2 := strings.Cut(text, "~~~\n")
+	if !ok || !ok2 {
+		t.Fatal("the README has no YAML")
+	}
+	m := build(t, func(up string) string { return strings.ReplaceAll(text, "- k8s/", "- "+up+"/") })
+	if len(m.DaemonSets) != 2 {
+		t.Fatalf("has %d DaemonSets", len(m.DaemonSets))
+	}
+	for _, ds := range m.DaemonSets {
+		c := ds.Spec.Template.Spec.Containers[0]
+		if want := "registry.example/coredns-nodecache:v0.1.0-nftables"; c.Image != want {
+			t.Errorf("the image is %s, want %s", c.Image, want)
+		}
+		env, err := manifest.Env(c, map[string]string{"status.hostIP": "10.0.0.1"})
+		if err != nil || env["CLUSTER_DOMAIN"] != "example.internal" {
+			t.Errorf("the environment is %v, %v", env, err)
+		}
 	}
 }

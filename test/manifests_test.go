@@ -275,3 +275,32 @@ func TestManifestWithoutCustomBlocks(t *testing.T) {
 	n.quiet(p.Log())
 	p.exit(syscall.SIGTERM)
 }
+
+// A user's block that comes while the cache runs is taken at the next look for changes, and
+// one that is bad is refused without harm.
+func TestCustomBlocksAreReloaded(t *testing.T) {
+	n := newNode(t, iptablesNFT)
+	m, err := manifest.Read(filepath.Join("..", "k8s", "node-local.yaml"))
+	n.must(err)
+	p := n.pod(m, m.DaemonSets[0])
+	p.corefile = strings.Replace(p.corefile, "        reload\n", "        reload 2s 1s\n", 1)
+	running := n.up(p)
+	file := filepath.Join(filepath.Dir(running.Corefile), "custom", "example.server")
+	change := func(text string) int {
+		mark := running.Mark()
+		n.must(os.WriteFile(file+".new", []byte(text), 0o644))
+		n.must(os.Rename(file+".new", file))
+		return mark
+	}
+	n.must(running.WaitReload(change(custom.Data["example.server"])))
+	answer, err := n.ask(client{"pod", n.Pod}, lab.LinkLocal, "my.example.org.")
+	if err != nil || len(answer.Answer) != 1 {
+		t.Fatalf("the new block does not answer: %v, %v", answer, err)
+	}
+	n.must(running.WaitLog(change("example.org:53 {\n    import node\n    nonsense\n}\n"), "nonsense"))
+	answer, err = n.ask(client{"pod", n.Pod}, lab.LinkLocal, "my.example.org.")
+	if err != nil || len(answer.Answer) != 1 {
+		t.Errorf("after a bad block the old one does not answer: %v, %v", answer, err)
+	}
+	running.exit(syscall.SIGTERM)
+}
