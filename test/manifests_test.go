@@ -122,6 +122,7 @@ func (n *node) up(p *pod) *process {
 // custom is what a user adds.
 var custom = corev1.ConfigMap{Data: map[string]string{"example.server": `example.org:53 {
     import node
+    cache 30
     hosts {
         203.0.113.9 my.example.org
     }
