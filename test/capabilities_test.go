@@ -79,8 +79,12 @@ func TestCapabilities(t *testing.T) {
 			})
 		}
 	}
-	if t.Failed() || t.Skipped() {
-		return
+	want := 0
+	for _, c := range capabilities {
+		want += len(c.caps)
+	}
+	if rows := strings.Count(table.String(), "\n") - 2; t.Failed() || rows < want {
+		return // -run has chosen some, or root is missing
 	}
 	documented(t, "security.md", "capabilities", table.String())
 }

@@ -163,6 +163,28 @@ func TestImages(t *testing.T) {
 	}
 }
 
+// With a read-only file system legacy iptables needs the lock to be mounted, and says so.
+// iptables-nft takes no lock.
+func TestImageWithoutTheLock(t *testing.T) {
+	for _, variant := range []lab.Iptables{lab.NFT, lab.Legacy} {
+		t.Run(string(variant), func(t *testing.T) {
+			n := newNode(t, backend{iptables: variant})
+			m, err := manifest.Build(filepath.Join("..", "k8s", "overlays", "iptables"))
+			n.must(err)
+			p := n.pod(m, m.DaemonSets[0])
+			path, entry := stage(t, "iptables")
+			n.contain(p, imageRoot(t, "iptables"), path, entry, false)
+			before := n.snapshot()
+			if variant == lab.NFT {
+				n.up(p).exit(syscall.SIGTERM)
+			} else {
+				n.has(n.refuse(p.corefile, p.options), "/run/xtables.lock", "Read-only file system")
+			}
+			n.same("afterwards", before, n.snapshot())
+		})
+	}
+}
+
 // What the images hold: nothing that runs but what is needed, all for one architecture.
 func TestImageFiles(t *testing.T) {
 	machine := map[string]elf.Machine{"amd64": elf.EM_X86_64, "arm64": elf.EM_AARCH64}[runtime.GOARCH]
