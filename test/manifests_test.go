@@ -287,7 +287,7 @@ func TestCustomBlocksAreReloaded(t *testing.T) {
 	m, err := manifest.Read(filepath.Join("..", "k8s", "node-local.yaml"))
 	n.must(err)
 	p := n.pod(m, m.DaemonSets[0])
-	p.corefile = strings.Replace(p.corefile, "        reload\n", "        reload 2s 1s\n", 1)
+	p.corefile = strings.Replace(p.corefile, "    reload\n", "    reload 2s 1s\n", 1)
 	running := n.up(p)
 	file := filepath.Join(filepath.Dir(running.Corefile), "custom", "example.server")
 	change := func(text string) int {
