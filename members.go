@@ -83,6 +83,7 @@ type others struct {
 	serves  map[endpoint]bool
 	// unknown is true when one of them did not answer: then nothing may be taken away.
 	unknown bool
+	states  map[string]int // how many do what: see the metric processes
 }
 
 // member is this process among those on the node.
@@ -98,6 +99,9 @@ func newMember() *member {
 	rand.Read(id)
 	return &member{name: memberPrefix + hex.EncodeToString(id)}
 }
+
+// id is what tells this process from the others on the node.
+func (m *member) id() string { return strings.TrimPrefix(m.name, memberPrefix) }
 
 // show has the others see p from now on.
 func (m *member) show(p presence) error {
@@ -145,7 +149,7 @@ func (m *member) answer(l net.Listener) {
 
 // ask returns what the other processes want.
 func (m *member) ask() (others, error) {
-	o := others{wants: state{}, serves: map[endpoint]bool{}}
+	o := others{wants: state{}, serves: map[endpoint]bool{}, states: map[string]int{}}
 	list, err := os.ReadFile("/proc/thread-self/net/unix")
 	if err != nil {
 		return o, fmt.Errorf("looking for other processes that serve here: %w", err)
@@ -165,6 +169,7 @@ func (m *member) ask() (others, error) {
 		if err != nil {
 			log.Warningf("asking another nodecache process what it needs: %v; nothing is taken away until it answers or ends", err)
 			o.unknown = true
+			o.states[processSilent]++
 			continue
 		}
 		wants, leaving := shownState(p.Links, p.Rules), shownState(p.LeavingLinks, p.LeavingRules)
@@ -173,6 +178,11 @@ func (m *member) ask() (others, error) {
 		o.leaving = o.leaving.union(leaving)
 		for _, e := range shown(p.Serves) {
 			o.serves[e] = true
+		}
+		if len(p.Serves) > 0 {
+			o.states[processServing]++
+		} else {
+			o.states[processIdle]++
 		}
 	}
 	return o, nil

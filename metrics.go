@@ -2,6 +2,8 @@ package nodecache
 
 import (
 	"errors"
+	"maps"
+	"slices"
 
 	"github.com/coredns/coredns/plugin"
 	"github.com/prometheus/client_golang/prometheus"
@@ -14,6 +16,19 @@ const (
 	errFirewallLock   = "iptables_lock"
 	errInterfaceAdd   = "interface_add"
 	errInterfaceCheck = "interface_check"
+)
+
+// What a process on the node does, as another one sees it.
+const (
+	processServing = "serving"
+	processIdle    = "idle"   // on its way in or out
+	processSilent  = "silent" // it does not answer
+)
+
+// How an exit went.
+const (
+	drainComplete = "complete"
+	drainCutShort = "cut_short" // queries were given up
 )
 
 // Objects that can be repaired.
@@ -36,16 +51,168 @@ var (
 		Name:      "repairs_total",
 		Help:      "Counter of links, addresses and firewall rules that somebody else had removed and that were put back.",
 	}, []string{"object"})
+
+	objectsWanted = promauto.NewGaugeVec(prometheus.GaugeOpts{
+		Namespace: plugin.Namespace,
+		Subsystem: directiveName,
+		Name:      "objects_wanted",
+		Help:      "Gauge of the links, the addresses on them and the endpoints with firewall rules that the configuration asks for.",
+	}, []string{"object"})
+	objectsInPlace = promauto.NewGaugeVec(prometheus.GaugeOpts{
+		Namespace: plugin.Namespace,
+		Subsystem: directiveName,
+		Name:      "objects_in_place",
+		Help:      "Gauge of how many of the wanted objects stood after the last check.",
+	}, []string{"object"})
+	processes = promauto.NewGaugeVec(prometheus.GaugeOpts{
+		Namespace: plugin.Namespace,
+		Subsystem: directiveName,
+		Name:      "processes",
+		Help:      "Gauge of the nodecache processes on this node, this one among them, as it saw them at the last check.",
+	}, []string{"state"})
+	lastSync = promauto.NewGauge(prometheus.GaugeOpts{
+		Namespace: plugin.Namespace,
+		Subsystem: directiveName,
+		Name:      "last_sync_success_timestamp_seconds",
+		Help:      "Unix time of the last check after which everything stood.",
+	})
+	syncInterval = promauto.NewGauge(prometheus.GaugeOpts{
+		Namespace: plugin.Namespace,
+		Subsystem: directiveName,
+		Name:      "sync_interval_seconds",
+		Help:      "Gauge of the seconds between two checks.",
+	})
+	drains = promauto.NewCounterVec(prometheus.CounterOpts{
+		Namespace: plugin.Namespace,
+		Subsystem: directiveName,
+		Name:      "drains_total",
+		Help:      "Counter of exits on this node, of this process and of those that it has outlived.",
+	}, []string{"outcome"})
+	drainDuration = promauto.NewHistogram(prometheus.HistogramOpts{
+		Namespace: plugin.Namespace,
+		Subsystem: directiveName,
+		Name:      "drain_duration_seconds",
+		Help:      "Histogram of how long these exits took until what had arrived was answered and what had to go was gone.",
+		Buckets:   []float64{.025, .05, .1, .25, .5, 1, 2.5, 5, 10, 20},
+	})
+	drainGivenUp = promauto.NewCounter(prometheus.CounterOpts{
+		Namespace: plugin.Namespace,
+		Subsystem: directiveName,
+		Name:      "drain_queries_given_up_total",
+		Help:      "Counter of queries that these exits left without an answer.",
+	})
+	nodeFaults = promauto.NewGaugeVec(prometheus.GaugeOpts{
+		Namespace: plugin.Namespace,
+		Subsystem: directiveName,
+		Name:      "node_faults",
+		Help:      "Gauge of what was found wrong with the node after the last start or reload, each of which the log explains.",
+	}, []string{"fault"})
+	info = promauto.NewGaugeVec(prometheus.GaugeOpts{
+		Namespace: plugin.Namespace,
+		Subsystem: directiveName,
+		Name:      "info",
+		Help:      "A metric with the value 1 and the version, the firewall backend and the kind of interface as labels.",
+	}, []string{"version", "backend", "interface"})
+	_ = promauto.NewGaugeFunc(prometheus.GaugeOpts{
+		Namespace: plugin.Namespace,
+		Subsystem: directiveName,
+		Name:      "ready",
+		Help:      "Gauge that is 1 while this process listens with everything in place, as the ready plugin reports it, and else 0.",
+	}, func() float64 {
+		if theNode.ready.Load() {
+			return 1
+		}
+		return 0
+	})
 )
+
+// Version is the plugin's own, stamped by the build.
+var Version = "unknown"
 
 func init() {
 	// Present from the start, so that a rate over them sees the first error.
+	for _, o := range []string{drainComplete, drainCutShort} {
+		drains.WithLabelValues(o)
+	}
+	for _, s := range []string{processServing, processIdle, processSilent} {
+		processes.WithLabelValues(s)
+	}
+	for _, f := range faults {
+		nodeFaults.WithLabelValues(f.name)
+	}
+	info.WithLabelValues(Version, "none", "none")
 	for _, t := range []string{errFirewall, errFirewallLock, errInterfaceAdd, errInterfaceCheck} {
 		setupErrors.WithLabelValues(t)
 	}
 	for _, o := range []string{objectLink, objectAddress, objectRule} {
 		repairs.WithLabelValues(o)
+		objectsWanted.WithLabelValues(o)
+		objectsInPlace.WithLabelValues(o)
 	}
+}
+
+// observe sets the gauges: links and addresses as the kernel has them now, rules
+// as the backends' last look has left them, which costs no process.
+func (n *node) observe() {
+	links, addrs, inPlaceLinks, inPlaceAddrs := 0, 0, 0, 0
+	for name, want := range n.want.links {
+		links++
+		addrs += len(want)
+		l, err := linkByName(name)
+		if err != nil || l == nil || n.netifs[name] == nil {
+			continue
+		}
+		if _, err := linkKind(l); err != nil {
+			continue // another link in our place
+		}
+		inPlaceLinks++
+		have, err := n.netifs[name].addrs(l)
+		for _, a := range want {
+			if err == nil && slices.Contains(have, a) {
+				inPlaceAddrs++
+			}
+		}
+	}
+	rules, inPlaceRules := 0, 0
+	for backend, es := range n.want.rules {
+		rules += len(es)
+		if !n.faulty[backend] {
+			inPlaceRules += len(es)
+		}
+	}
+	for object, v := range map[string][2]int{
+		objectLink: {links, inPlaceLinks}, objectAddress: {addrs, inPlaceAddrs}, objectRule: {rules, inPlaceRules},
+	} {
+		objectsWanted.WithLabelValues(object).Set(float64(v[0]))
+		objectsInPlace.WithLabelValues(object).Set(float64(v[1]))
+	}
+
+	own := processIdle
+	if n.running != nil && !n.exited {
+		own = processServing
+	}
+	for _, s := range []string{processServing, processIdle, processSilent} {
+		v := n.others.states[s]
+		if s == own {
+			v++
+		}
+		processes.WithLabelValues(s).Set(float64(v))
+	}
+}
+
+// describe sets the metric info.
+func (n *node) describe(target state) {
+	kinds, backends := map[string]bool{}, map[string]bool{}
+	for name := range target.links {
+		if i := n.netifs[name]; i != nil {
+			kinds[i.kind] = true
+		}
+	}
+	for name := range target.rules {
+		backends[n.firewalls[name].String()] = true
+	}
+	info.Reset()
+	info.WithLabelValues(Version, orNone(slices.Sorted(maps.Keys(backends)), "none"), orNone(slices.Sorted(maps.Keys(kinds)), "none")).Set(1)
 }
 
 // typedError is an error with the label under which it is counted.

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"net"
 	"net/netip"
 	"slices"
 	"strings"
@@ -65,6 +66,8 @@ type node struct {
 	firewalls map[string]firewall
 	auto      string // what the backend auto has come out as
 	exited    bool
+	faulty    map[string]bool // backends whose last ensure failed
+	exits     *net.UnixConn   // where other processes tell of theirs
 	syncTick  *time.Ticker
 	syncEvery time.Duration
 }
@@ -79,6 +82,7 @@ func newNode() *node {
 		calm:      rate.NewLimiter(rate.Every(time.Second), 10),
 		netifs:    map[string]*netif{},
 		firewalls: map[string]firewall{},
+		faulty:    map[string]bool{},
 		syncTick:  time.NewTicker(defaultSync),
 	}
 	n.syncTick.Stop()
@@ -116,6 +120,7 @@ func (n *node) run() {
 // tick has everything looked at every d.
 func (n *node) tick(d time.Duration) {
 	n.syncEvery = d
+	syncInterval.Set(d.Seconds())
 	n.syncTick.Reset(d)
 }
 
@@ -379,6 +384,7 @@ func (n *node) ensure(want state) (missing map[string]int, err error) {
 		}
 		n.heed(b, fw, want)
 		gone, err := fw.ensure(n.withOthers(want).rules[b])
+		n.faulty[b] = err != nil
 		missing[objectRule] += gone
 		errs = append(errs, err)
 	}
@@ -410,6 +416,7 @@ func (n *node) rules(want state) error {
 // black hole. It shows the others the new want in the same turn, so that the last
 // one to leave knows that it is.
 func (n *node) reduce(want state) error {
+	defer n.observe()
 	return n.inTurn(func() error {
 		left := n.leaving
 		n.leaving = state{}
@@ -495,6 +502,12 @@ func (n *node) await(cfg *config, first bool, began time.Time) {
 // complete is called once CoreDNS listens on everything of cfg.
 func (n *node) complete(cfg *config, began time.Time) {
 	target := cfg.state(false, n.resolve)
+	if n.exits == nil {
+		var err error
+		if n.exits, err = hearLastWords(n.member.id()); err != nil {
+			log.Warningf("%v; exits of other processes are not counted", err)
+		}
+	}
 	n.serve(target)
 	if n.running == nil {
 		// Nothing of this process to wait for: what a process before it has left
@@ -506,6 +519,9 @@ func (n *node) complete(cfg *config, began time.Time) {
 		}
 	}
 	n.ready.Store(true)
+	lastSync.SetToCurrentTime()
+	n.describe(target)
+	go n.examine(n.site(cfg))
 	var kinds, fws []string
 	for name, i := range n.netifs {
 		how := "adopted"
@@ -628,12 +644,16 @@ func (n *node) exit() {
 		if n.starting != nil && n.starting != cfg {
 			es = append(es, n.starting.listeners()...)
 		}
-		n.drain(es, !kept.empty(), began.Add(drainLimit))
+		givenUp := n.drain(es, !kept.empty(), began.Add(drainLimit))
 		if err := n.reduce(kept); err != nil {
 			log.Errorf("%v", count(err))
 			return nil
 		}
 		took := time.Since(began).Round(time.Millisecond)
+		lastWords{Seconds: took.Seconds(), GivenUp: givenUp}.tell(n.member.id())
+		if n.exits != nil {
+			n.exits.Close()
+		}
 		switch _, rulesGo := n.firewalls[backendNFT]; {
 		case !n.others.wants.empty() || n.others.unknown:
 			log.Infof("left after %s; what another process serves stays in place", took)
@@ -654,7 +674,7 @@ func (n *node) exit() {
 // whose rules must stay for the connections that there are. So then the listening
 // sockets go, and with them the guard lets new connections pass by. Where address
 // and rules stay (kept), the same goes for UDP in the end.
-func (n *node) drain(es []endpoint, kept bool, deadline time.Time) {
+func (n *node) drain(es []endpoint, kept bool, deadline time.Time) (open int64) {
 	var shared, tcp, udp []endpoint
 	for _, e := range es {
 		switch {
@@ -666,7 +686,6 @@ func (n *node) drain(es []endpoint, kept bool, deadline time.Time) {
 			udp = append(udp, e)
 		}
 	}
-	var open int64
 	for i, leaving := range [][]endpoint{shared, tcp, udp} {
 		if i == 2 && len(leaving) == 0 {
 			continue
@@ -686,6 +705,7 @@ func (n *node) drain(es []endpoint, kept bool, deadline time.Time) {
 	if open > 0 {
 		log.Warningf("%d queries were not answered within %s", open, drainLimit)
 	}
+	return open
 }
 
 // readOut has the old servers read, in a reload, what has arrived for what they
@@ -765,6 +785,10 @@ func (n *node) repair(links bool, why string) {
 		log.Warningf("put back what another program had removed (%s), noticed by %s", strings.Join(back, ", "), why)
 	}
 	n.fighting = n.fighting && n.calm.Tokens() < 5
+	if !links && err == nil {
+		lastSync.SetToCurrentTime()
+	}
+	n.observe()
 	if n.running != nil && n.starting == nil {
 		n.serve(n.want)
 	}

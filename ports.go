@@ -85,7 +85,26 @@ func as4(a netip.Addr) (b [4]byte) {
 
 // holder says who listens on e, as far as /proc tells: " by dnsmasq (process
 // 123, bound to 0.0.0.0:53)", or "".
-func holder(e endpoint) string {
+func holder(e endpoint) string { return whose(holders(e)) }
+
+// stranger is holder for those that are not this process.
+func stranger(e endpoint) string {
+	inodes := holders(e)
+	own, err := ownSockets()
+	if err != nil {
+		return ""
+	}
+	for _, fd := range own[e] {
+		var st unix.Stat_t
+		if unix.Fstat(fd, &st) == nil {
+			delete(inodes, st.Ino)
+		}
+	}
+	return whose(inodes)
+}
+
+// holders returns the sockets on e by their inode, with what they are bound to.
+func holders(e endpoint) map[uint64]string {
 	inodes := map[uint64]string{}
 	note := func(ip net.IP, port, state, inode uint64) {
 		a, ok := netip.AddrFromSlice(ip)
@@ -97,7 +116,7 @@ func holder(e endpoint) string {
 	}
 	fs, err := procfs.NewDefaultFS()
 	if err != nil {
-		return ""
+		return nil
 	}
 	if e.proto == "udp" {
 		for _, read := range []func() (procfs.NetUDP, error){fs.NetUDP, fs.NetUDP6} {
@@ -115,6 +134,11 @@ func holder(e endpoint) string {
 			}
 		}
 	}
+	return inodes
+}
+
+// whose says which process has the first of these sockets.
+func whose(inodes map[uint64]string) string {
 	fds, _ := filepath.Glob("/proc/[0-9]*/fd/*")
 	for _, fd := range fds {
 		to, err := os.Readlink(fd)

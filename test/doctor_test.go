@@ -1,0 +1,281 @@
+package e2e
+
+import (
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+
+	"github.com/contentful-labs/coredns-nodecache/test/lab"
+)
+
+const examined = "looked for what commonly goes wrong on a node: "
+
+// commands runs commands in a namespace, one a line.
+func (n *node) commands(ns *lab.Namespace, lines string) {
+	n.Helper()
+	for line := range strings.Lines(lines) {
+		if line = strings.TrimSpace(line); line != "" {
+			_, err := ns.Run("sh", "-ec", line)
+			n.must(err)
+		}
+	}
+}
+
+// examination starts CoreDNS and returns it with what it warns of.
+func (n *node) examination(corefile string) (p *process, warnings string) {
+	n.Helper()
+	p = n.serve(corefile)
+	n.must(p.WaitLog(0, examined))
+	return p, p.warnings(0)
+}
+
+// examination after a reload.
+func (p *process) again(corefile string) string {
+	p.n.Helper()
+	mark := p.Mark()
+	p.reload(corefile)
+	p.n.must(p.WaitLog(mark, examined))
+	return p.warnings(mark)
+}
+
+func (p *process) warnings(mark int) string {
+	var out strings.Builder
+	for line := range strings.Lines(p.Log()[mark:]) {
+		if strings.Contains(line, "[WARNING]") {
+			out.WriteString(line)
+		}
+	}
+	return out.String()
+}
+
+// faulty checks that a fault is told of with it and not without: fault brings it and
+// returns what takes it away.
+func (n *node) faulty(corefile, want string, fault func() (undo func())) {
+	n.Helper()
+	p, before := n.examination(corefile)
+	if before != "" {
+		n.Errorf("before the fault: %s", before)
+	}
+	undo := fault()
+	during := p.again(corefile + "# during\n")
+	n.has(during, want)
+	if strings.Count(during, "\n") != 1 {
+		n.Errorf("want one warning, got %s", during)
+	}
+	undo()
+	if after := p.again(corefile + "# after\n"); after != "" {
+		n.Errorf("after the fault: %s", after)
+	}
+}
+
+// What a node-cache that was killed leaves in the table raw takes queries out of
+// connection tracking for good; the warning's own remedy removes it.
+func TestWarnsOfRulesOfNodeCache(t *testing.T) {
+	forBackends(t, func(n *node) {
+		corefile := n.corefile()
+		n.faulty(corefile, "node-cache's rules", func() func() {
+			for _, f := range [][2]string{{"iptables", "10.96.0.10"}, {"ip6tables", "fd00:96::10"}} {
+				n.commands(n.Node, fmt.Sprintf(`
+					%[1]s -t raw -I PREROUTING -p udp -d %[2]s --dport 53 -j NOTRACK -m comment --comment "NodeLocal DNS Cache: skip conntrack"
+					%[1]s -t filter -I INPUT -p udp -d %[2]s --dport 53 -j ACCEPT -m comment --comment "NodeLocal DNS Cache: allow DNS traffic"`, f[0], f[1]))
+			}
+			return func() {
+				const remedy = `for t in raw filter; do iptables-save -t $t | sed -n "/NodeLocal DNS Cache/s/^-A/iptables -t $t -D/p"; done | sh`
+				if source := read(n.T, filepath.Join("..", "doctor.go")); !strings.Contains(source, `iptables-save -t $t | sed -n \"/%s/s/^-A/iptables -t $t -D/p\"; done | sh`) {
+					n.Error("the remedy that is tested is not the one that the warning has")
+				}
+				n.commands(n.Node, remedy+"\n"+strings.ReplaceAll(remedy, "iptables", "ip6tables"))
+			}
+		})
+	})
+}
+
+// Another CoreDNS on the same address, as on the way from node-cache, is named; a twin
+// is not a fault.
+func TestWarnsOfSharedPort(t *testing.T) {
+	n := newNode(t, nftables)
+	corefile := n.block(".:53", "10.96.0.10 169.254.20.10")
+	var other *process
+	n.faulty(corefile, "10.96.0.10:53/udp is served by coredns (process ", func() func() {
+		other = n.launch(plainBlock(".:53", "10.96.0.10"), lab.Options{})
+		n.must(other.WaitServing())
+		return func() { other.exit(syscall.SIGTERM) }
+	})
+	if _, warnings := n.examination(corefile); warnings != "" {
+		t.Errorf("beside a twin: %s", warnings)
+	}
+}
+
+// An address on somebody else's dummy link goes with that link.
+func TestWarnsOfAddressElsewhere(t *testing.T) {
+	n := newNode(t, nftables)
+	corefile := n.block(".:53", "169.254.20.10")
+	n.commands(n.Node, `ip link add theirs type dummy 2>/dev/null || ip tuntap add theirs mode tun
+		ip addr add 169.254.20.10/32 dev theirs`)
+	p, during := n.examination(corefile)
+	n.has(during, "169.254.20.10 is on the link theirs, which is not this cache's")
+	n.commands(n.Node, "ip link del theirs")
+	if after := p.again(corefile + "# after\n"); after != "" {
+		t.Errorf("after the fault: %s", after)
+	}
+	n.answersEverybody(false, lab.LinkLocal)
+}
+
+// A firewall in a table of its own drops what our rules can't accept there.
+func TestWarnsOfFirewallThatDrops(t *testing.T) {
+	for _, b := range []backend{iptablesNFT, nftables} {
+		t.Run(b.String(), func(t *testing.T) {
+			n := newNode(t, b)
+			ask := lab.Load{From: n.Pod, Proto: "udp", To: on(lab.ClusterIP), Count: 1, Timeout: time.Second}
+			n.faulty(n.corefile(), "the firewall drops what comes in and no rule of its accepts (chain input of the nftables table host)", func() func() {
+				n.commands(n.Node, `nft 'table inet host { chain input { type filter hook input priority 0; policy drop; ct state established,related accept; iif lo accept; meta l4proto icmpv6 accept; tcp dport { 22, 6443 } accept; }; }'`)
+				r, err := ask.Run()
+				n.must(err)
+				if r.Answered > 0 {
+					n.Errorf("it does not drop: %v", r)
+				}
+				return func() {
+					// The remedy.
+					n.commands(n.Node, `nft 'add rule inet host input meta l4proto { tcp, udp } th dport 53 accept'`)
+					n.run(ask, false)
+				}
+			})
+		})
+	}
+}
+
+// With the backend nftables there is no ACCEPT in the chains of iptables either; with
+// iptables there is.
+func TestWarnsOfIptablesThatDrops(t *testing.T) {
+	for _, b := range []backend{iptablesNFT, nftables} {
+		t.Run(b.String(), func(t *testing.T) {
+			n := newNode(t, b)
+			n.commands(n.Node, `iptables -A INPUT -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT
+				iptables -A INPUT -i lo -j ACCEPT
+				iptables -P INPUT DROP`)
+			_, warnings := n.examination(n.block(".:53", "10.96.0.10"))
+			r, err := lab.Load{From: n.Pod, Proto: "udp", To: on(lab.ClusterIP), Count: 1, Timeout: time.Second}.Run()
+			n.must(err)
+			warned := strings.Contains(warnings, "chain INPUT of the nftables table filter")
+			if dropped := r.Answered == 0; dropped != (b == nftables) || warned != dropped {
+				t.Errorf("dropped: %v, warned: %v: %s", dropped, warned, warnings)
+			}
+		})
+	}
+}
+
+// A full table takes the cache's own queries, not those to it.
+func TestWarnsOfFullConntrack(t *testing.T) {
+	n := newNode(t, nftables)
+	n.faulty(n.corefile(), "the connection tracking table is nearly full (", func() func() {
+		n.must(n.Node.Do(func() error {
+			b, err := os.ReadFile("/proc/sys/net/netfilter/nf_conntrack_max")
+			if err != nil {
+				return err
+			}
+			limit := 0
+			if _, err := fmt.Sscan(string(b), &limit); err != nil {
+				return err
+			}
+			for i := range limit*91/100 + 1 {
+				src, dst := netip.AddrFrom4([4]byte{10, 1, byte(i >> 16), 1}), netip.AddrFrom4([4]byte{10, 2, 0, 1})
+				flow := &netlink.ConntrackFlow{FamilyType: netlink.FAMILY_V4, TimeOut: 600,
+					Forward: netlink.IPTuple{SrcIP: src.AsSlice(), DstIP: dst.AsSlice(), SrcPort: uint16(i), DstPort: 9, Protocol: 17},
+					Reverse: netlink.IPTuple{SrcIP: dst.AsSlice(), DstIP: src.AsSlice(), SrcPort: 9, DstPort: uint16(i), Protocol: 17}}
+				if err := netlink.ConntrackCreate(netlink.ConntrackTable, netlink.FAMILY_V4, flow); err != nil {
+					return fmt.Errorf("entry %d of %d: %w", i, limit, err)
+				}
+			}
+			return nil
+		}))
+		return func() { n.must(n.FlushConntrack()) }
+	})
+}
+
+// bridged has the pod and the cluster's DNS server on one bridge, as on a node whose
+// network plugin has a bridge.
+func (n *node) bridged() {
+	n.commands(n.Node, `ip link add br0 address 02:00:00:00:00:b0 type bridge
+		ip link set br0 addrgenmode none
+		ip addr flush dev to-pod
+		ip addr flush dev to-dns
+		ip link set to-pod master br0
+		ip link set to-dns master br0
+		ip link set br0 up
+		ip addr add 10.0.1.1/24 dev br0
+		ip addr add 10.0.2.1/24 dev br0
+		ip route replace default via 10.0.2.2`)
+	n.commands(n.DNS, "ip route replace 10.0.1.0/24 dev eth0")
+	n.commands(n.Pod, "ip route replace 10.0.2.0/24 dev eth0")
+}
+
+// Without bridge-nf-call-iptables a query that falls through to a DNS pod on the same
+// bridge gets no answer; the cache itself answers either way, and out of connection
+// tracking.
+func TestWarnsOfBridgeWithoutNetfilter(t *testing.T) {
+	forBackends(t, func(n *node) {
+		if _, err := os.Stat("/proc/sys/net/bridge"); err != nil {
+			n.Skip("this kernel has no br_netfilter")
+		}
+		n.bridged()
+		set := func(to string) {
+			n.must(n.Node.Do(func() error { return lab.Sysctl("bridge/bridge-nf-call-iptables", to) }))
+		}
+		load := lab.Load{From: n.Pod, Proto: "udp", To: on(lab.ClusterIP), Count: 3, Workers: 1, Timeout: time.Second}
+		corefile := n.block(".:53", "10.96.0.10 169.254.20.10")
+
+		set("1")
+		n.run(load, true) // the cluster, by kube-proxy's rules
+		p, warnings := n.examination(corefile)
+		if warnings != "" {
+			n.Errorf("with bridge-nf-call-iptables: %s", warnings)
+		}
+		for _, to := range []string{"1", "0"} {
+			set(to)
+			n.must(n.FlushConntrack())
+			n.run(load, false)
+			entries, err := n.Conntrack(lab.ClusterIP)
+			n.must(err)
+			if entries > 0 {
+				n.Errorf("with bridge-nf-call-iptables=%s, %d queries are tracked", to, entries)
+			}
+		}
+		n.has(p.again(corefile+"# off\n"), "pods on the bridge br0 get no answer from a DNS pod on the same bridge")
+		p.Kill()
+		if r, err := load.Run(); err != nil || r.Answered > 0 {
+			n.Errorf("with bridge-nf-call-iptables off, a query that falls through has an answer (%v): %v", err, r)
+		}
+		set("1")
+		n.must(n.FlushConntrack())
+		n.run(load, true)
+	})
+}
+
+// A strict reverse path filter is no fault: everybody is answered with it, and falls
+// through to the cluster with it.
+func TestStrictReversePathFilter(t *testing.T) {
+	forBackends(t, func(n *node) {
+		n.must(n.Node.Do(func() error {
+			for _, l := range []string{"all", "default", "lo", "to-pod", "to-dns"} {
+				if err := lab.Sysctl("ipv4/conf/"+l+"/rp_filter", "1"); err != nil {
+					return err
+				}
+			}
+			return nil
+		}))
+		p, warnings := n.examination(n.block(".:53", "10.96.0.10 169.254.20.10"))
+		if warnings != "" {
+			n.Error(warnings)
+		}
+		n.answersEverybody(false, lab.ClusterIP, lab.LinkLocal)
+		p.Kill()
+		n.clusterAnswers()
+	})
+}
