@@ -696,7 +696,9 @@ func (n *node) drain(es []endpoint, kept bool, deadline time.Time) (open int64) 
 		}
 		err := park(leaving)
 		if err == nil {
-			open, err = n.answering.drain(es, time.Until(deadline))
+			var left int64
+			left, err = n.answering.drain(es, time.Until(deadline))
+			open = max(open, left) // those that one step left open, the next does not count
 		}
 		if err != nil {
 			log.Errorf("leaving: %v", err)
