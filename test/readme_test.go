@@ -27,6 +27,21 @@ func read(t *testing.T, path string) string {
 
 func logsPage(t *testing.T) string { return read(t, filepath.Join("..", "docs", "logs.md")) }
 
+// source is all of the package's code.
+func source(t *testing.T) string {
+	files, err := filepath.Glob(filepath.Join("..", "*.go"))
+	if err != nil || len(files) == 0 {
+		t.Fatalf("no source: %v", err)
+	}
+	var b strings.Builder
+	for _, f := range files {
+		if !strings.HasSuffix(f, "_test.go") {
+			b.WriteString(read(t, f))
+		}
+	}
+	return b.String()
+}
+
 func readme(t *testing.T) string { return read(t, filepath.Join("..", "README.md")) }
 
 // A fenced is a block of code in the README.
@@ -220,16 +235,7 @@ func TestReadmeMakeTargets(t *testing.T) {
 // The messages that the README explains are those of the code. An ellipsis stands for
 // what differs from one time to the next.
 func TestReadmeMessages(t *testing.T) {
-	files, err := filepath.Glob(filepath.Join("..", "*.go"))
-	if err != nil || len(files) == 0 {
-		t.Fatalf("no source: %v", err)
-	}
-	var source strings.Builder
-	for _, f := range files {
-		if !strings.HasSuffix(f, "_test.go") {
-			source.WriteString(read(t, f))
-		}
-	}
+	source := source(t)
 	_, table, _ := strings.Cut(readme(t), "\n### Errors\n")
 	table, _, _ = strings.Cut(table, "\n## ")
 	messages := 0
@@ -246,7 +252,7 @@ func TestReadmeMessages(t *testing.T) {
 		for _, m := range regexp.MustCompile("`([^`]+)`").FindAllStringSubmatch(cell, -1) {
 			messages++
 			for part := range strings.SplitSeq(m[1], "…") {
-				if part = strings.TrimSpace(part); !strings.Contains(source.String(), part) {
+				if part = strings.TrimSpace(part); !strings.Contains(source, part) {
 					t.Errorf("the README explains the message %q, but no code says %q", m[1], part)
 				}
 			}
