@@ -7,7 +7,8 @@ COREDNS := github.com/coredns/coredns
 # Empty in a source tree without git.
 DESCRIBE := $(shell git describe --tags --always --dirty 2>/dev/null)
 VERSION ?= $(or $(DESCRIBE),unknown)
-LDFLAGS := -s -w -X $(COREDNS)/coremain.GitCommit=nodecache-$(VERSION)
+LDFLAGS := -s -w -X $(COREDNS)/coremain.GitCommit=nodecache-$(VERSION) \
+	-X github.com/contentful-labs/coredns-nodecache.Version=$(VERSION)
 # What CoreDNS's own build sets: smaller, since the linker can drop unused methods.
 TAGS := grpcnotrace
 
@@ -87,6 +88,17 @@ repairs-kernel: coredns ## Measure repairs on Debian's kernel, which has the dum
 .PHONY: sizing
 sizing: deps coredns ## Measure memory against cached answers and server blocks (needs root).
 	go run ./test/sizing
+
+.PHONY: monitoring-test
+monitoring-test: deps coredns ## Test the alerts and the dashboard with Prometheus (needs root).
+	test/deps promtool prometheus
+	go test -count=1 -timeout 10m -v -run Monitoring ./test
+
+.PHONY: dashboard-picture
+dashboard-picture: deps coredns ## Draw docs/dashboard.svg from real data (needs root).
+	test/deps prometheus
+	go run ./test/picture >docs/dashboard.svg.new
+	mv docs/dashboard.svg.new docs/dashboard.svg
 
 .PHONY: lint
 lint: ## Run go vet, staticcheck, gofmt and shellcheck.
