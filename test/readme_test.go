@@ -44,21 +44,38 @@ func source(t *testing.T) string {
 
 func readme(t *testing.T) string { return read(t, filepath.Join("..", "README.md")) }
 
-// A fenced is a block of code in the README.
+// pages are the README and the pages of docs, by their paths.
+func pages(t *testing.T) []string {
+	t.Helper()
+	docs, err := filepath.Glob("../docs/*.md")
+	if err != nil || len(docs) == 0 {
+		t.Fatalf("no pages in docs: %v", err)
+	}
+	return append([]string{"../README.md"}, docs...)
+}
+
+// A fenced is a block of code in a page.
 type fenced struct {
-	kind, text string
-	line       int
+	kind, text, page string
+	line             int
 }
 
 func fences(t *testing.T) (all []fenced) {
+	for _, page := range pages(t) {
+		all = append(all, fencesOf(t, page)...)
+	}
+	return all
+}
+
+func fencesOf(t *testing.T, page string) (all []fenced) {
 	var open *fenced
 	number := 0
-	for line := range strings.Lines(readme(t)) {
+	for line := range strings.Lines(read(t, page)) {
 		number++
-		kind, fence := strings.CutPrefix(line, "~~~")
+		kind, fence := strings.CutPrefix(strings.TrimLeft(line, " "), "~~~")
 		switch {
 		case fence && open == nil:
-			open = &fenced{kind: strings.TrimSpace(kind), line: number}
+			open = &fenced{kind: strings.TrimSpace(kind), page: filepath.Base(page), line: number}
 		case fence:
 			all = append(all, *open)
 			open = nil
@@ -67,12 +84,12 @@ func fences(t *testing.T) (all []fenced) {
 		}
 	}
 	if open != nil {
-		t.Fatalf("README.md:%d: the block has no end", open.line)
+		t.Fatalf("%s:%d: the block has no end", page, open.line)
 	}
 	return all
 }
 
-// Every Corefile in the README works as it stands, on a node that has what a node and
+// Every Corefile in the README and in docs works as it stands, on a node that has what a node and
 // a reader have: resolvers, a certificate, and for "bind eth0" an eth0.
 func TestReadmeCorefiles(t *testing.T) {
 	found := 0
@@ -81,7 +98,7 @@ func TestReadmeCorefiles(t *testing.T) {
 			continue
 		}
 		found++
-		t.Run(fmt.Sprintf("line-%d", f.line), func(t *testing.T) {
+		t.Run(fmt.Sprintf("%s-%d", f.page, f.line), func(t *testing.T) {
 			n := newNode(t, backend{iptables: lab.NFT})
 			resolvers := filepath.Join(n.Dir, "resolv.conf")
 			n.must(os.WriteFile(resolvers, []byte("nameserver "+lab.DNSAddr.String()+"\n"), 0o644))
@@ -115,8 +132,8 @@ func TestReadmeCorefiles(t *testing.T) {
 			}
 		})
 	}
-	if found < 7 {
-		t.Errorf("%d Corefiles in the README, want at least 7", found)
+	if found < 10 {
+		t.Errorf("%d Corefiles in the pages, want at least 10", found)
 	}
 }
 
@@ -138,127 +155,3 @@ func (n *node) eth0() {
 		_, err := n.Node.Run(words[0], words[1:]...)
 		n.must(err)
 	}
-	// The carrier comes somewhat later, and would be a difference of the node.
-	for _, link := range []string{"eth0", "eth0-peer"} {
-		up := func() bool {
-			out, err := n.Node.Run("ip", "link", "show", link)
-			n.must(err)
-			return strings.Contains(out, " state UP ")
-		}
-		if !eventually(up) {
-			n.Fatalf("%s does not come up", link)
-		}
-	}
-}
-
-// The README has every metric with its labels and its help, and no others.
-func TestReadmeMetrics(t *testing.T) {
-	const prefix = "coredns_nodecache_"
-	families, err := prometheus.DefaultGatherer.Gather()
-	if err != nil {
-		t.Fatal(err)
-	}
-	var want []string
-	for _, f := range families {
-		if !strings.HasPrefix(f.GetName(), prefix) {
-			continue
-		}
-		var labels []string
-		for _, m := range f.GetMetric() {
-			for _, l := range m.GetLabel() {
-				if !slices.Contains(labels, l.GetName()) {
-					labels = append(labels, l.GetName())
-				}
-				if l.GetName() == "version" {
-					continue
-				}
-				if !strings.Contains(readme(t)+logsPage(t), "`"+l.GetValue()+"`") {
-					t.Errorf("the README has no %s=%q of %s", l.GetName(), l.GetValue(), f.GetName())
-				}
-			}
-		}
-		want = append(want, fmt.Sprintf("* `%s{%s}` - %s", f.GetName(), strings.Join(labels, ", "), f.GetHelp()))
-	}
-	var got []string
-	for line := range strings.Lines(readme(t)) {
-		if line = strings.TrimSpace(line); strings.HasPrefix(line, "* `"+prefix) {
-			got = append(got, line)
-		}
-	}
-	slices.Sort(want)
-	slices.Sort(got)
-	if len(want) == 0 || !slices.Equal(want, got) {
-		t.Errorf("the README's metrics are\n%s\nwant\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
-	}
-	named := regexp.MustCompile(prefix + `\w+`)
-	for _, name := range named.FindAllString(readme(t), -1) {
-		if !strings.Contains(strings.Join(want, "\n"), "`"+name+"{") {
-			t.Errorf("the README names the metric %s, which is not there", name)
-		}
-	}
-}
-
-// Whatever the README says to make can be made.
-func TestReadmeMakeTargets(t *testing.T) {
-	targets := regexp.MustCompile(`(?m)^([a-z0-9-]+):`)
-	var have []string
-	for _, m := range targets.FindAllStringSubmatch(read(t, filepath.Join("..", "Makefile")), -1) {
-		have = append(have, m[1])
-	}
-	// `make x` in a sentence, and lines of code.
-	commands := regexp.MustCompile("`(make[^`]*)`").FindAllStringSubmatch(readme(t), -1)
-	for _, f := range fences(t) {
-		for line := range strings.Lines(f.text) {
-			if f.kind == "sh" && strings.HasPrefix(line, "make") {
-				commands = append(commands, []string{line, line})
-			}
-		}
-	}
-	named := 0
-	for _, c := range commands {
-		words := strings.Fields(c[1])
-		for _, w := range words[1:] {
-			if strings.Contains(w, "=") {
-				continue
-			}
-			named++
-			if words[0] == "make" && !slices.Contains(have, w) {
-				t.Errorf("the README says %q, and the Makefile has no %s", strings.TrimSpace(c[1]), w)
-			}
-		}
-	}
-	if named < 5 {
-		t.Errorf("the README names %d targets, want at least 5", named)
-	}
-}
-
-// The messages that the README explains are those of the code. An ellipsis stands for
-// what differs from one time to the next.
-func TestReadmeMessages(t *testing.T) {
-	source := source(t)
-	_, table, _ := strings.Cut(readme(t), "\n### Errors\n")
-	table, _, _ = strings.Cut(table, "\n## ")
-	messages := 0
-	for line := range strings.Lines(table + logsPage(t)) {
-		if !strings.HasPrefix(line, "| `") {
-			continue
-		}
-		// The message is in the first cell, but for the table of faults.
-		cells := strings.Split(line[2:], " | ")
-		cell := cells[0]
-		if len(cells) == 3 {
-			cell = cells[1]
-		}
-		for _, m := range regexp.MustCompile("`([^`]+)`").FindAllStringSubmatch(cell, -1) {
-			messages++
-			for part := range strings.SplitSeq(m[1], "…") {
-				if part = strings.TrimSpace(part); !strings.Contains(source, part) {
-					t.Errorf("the README explains the message %q, but no code says %q", m[1], part)
-				}
-			}
-		}
-	}
-	if messages < 20 {
-		t.Errorf("%d messages in the README, want at least 20", messages)
-	}
-}

@@ -1,0 +1,110 @@
+package e2e
+
+import (
+	"fmt"
+	"net/netip"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/contentful-labs/coredns-nodecache/test/lab"
+)
+
+// nodeCache does to a node what node-cache of kubernetes/dns does with -localip: a link
+// with the addresses, rules at the head of the chains, and CoreDNS on the addresses.
+type nodeCache struct {
+	*process
+	addrs []netip.Addr
+}
+
+// rules are the commands for its rules. do is -I or -D.
+func (c *nodeCache) rules(do string) string {
+	var b strings.Builder
+	for _, a := range c.addrs {
+		for _, proto := range protos {
+			for _, r := range []string{
+				"raw %s PREROUTING -p %s -d %s --dport 53 -j NOTRACK", "raw %s OUTPUT -p %s -s %s --sport 53 -j NOTRACK",
+				"raw %s OUTPUT -p %s -d %s --dport 53 -j NOTRACK", "filter %s INPUT -p %s -d %s --dport 53 -j ACCEPT",
+				"filter %s OUTPUT -p %s -s %s --sport 53 -j ACCEPT",
+			} {
+				what := "skip conntrack"
+				if strings.HasPrefix(r, "filter") {
+					what = "allow DNS traffic"
+				}
+				fmt.Fprintf(&b, "iptables -w -t "+r+" -m comment --comment 'NodeLocal DNS Cache: %s'\n", do, proto, a, what)
+			}
+		}
+	}
+	return b.String()
+}
+
+func (n *node) nodeCache(link string, addrs ...netip.Addr) *nodeCache {
+	c := &nodeCache{addrs: addrs}
+	n.commands(n.Node, fmt.Sprintf("ip link show %[1]s >/dev/null 2>&1 || ip link add %[1]s type dummy 2>/dev/null || ip tuntap add %[1]s mode tun", link))
+	var bind []string
+	for _, a := range addrs {
+		n.commands(n.Node, fmt.Sprintf("ip addr replace %v/32 dev %s", a, link))
+		bind = append(bind, a.String())
+	}
+	c.process = n.launch(plainBlock(".:53", strings.Join(bind, " ")), lab.Options{})
+	n.must(c.WaitServing())
+	n.commands(n.Node, c.rules("-I"))
+	return c
+}
+
+// leave is its way out: the link first, then the rules, then the servers.
+func (c *nodeCache) leave(link string) {
+	c.n.commands(c.n.Node, "ip link del "+link+"\n"+c.rules("-D"))
+	c.exit(syscall.SIGTERM)
+}
+
+// From node-cache to this cache on one node, and back, while pods ask.
+func TestBesideNodeCache(t *testing.T) {
+	for _, b := range []backend{iptablesNFT, nftables} {
+		t.Run(b.String(), func(t *testing.T) {
+			n := newNode(t, b)
+			n.warm()
+			both := []netip.Addr{lab.ClusterIP, lab.LinkLocal}
+			corefile := n.block(".:53", "10.96.0.10 169.254.20.10")
+			before := n.snapshot()
+			asking := func(what string, lossless bool, step func()) {
+				n.Helper()
+				f, err := lab.Flow{From: n.Pod, To: both, Rate: 1000, Tag: what}.Start()
+				n.must(err)
+				more := func() {
+					mark := f.Sent()
+					eventually(func() bool { return f.Sent() > mark+300 })
+				}
+				more()
+				step()
+				more()
+				results, err := f.Stop()
+				n.must(err)
+				for a, r := range results {
+					n.Logf("%s: %v: %d sent, %d lost, %d refused", what, a, r.Sent, r.Lost, r.Refused)
+					if lossless && r.Lost+r.Refused+r.Wrong > 0 {
+						n.Errorf("%s: %v: %v", what, a, r.Errs)
+					}
+				}
+				if _, err := f.Stop(); err != nil {
+					n.Error(err)
+				}
+			}
+
+			old := n.nodeCache("nodelocaldns", both...)
+			var p *process
+			asking("the start beside node-cache", true, func() { p = n.serve(corefile) })
+			n.must(p.WaitLog(0, "node-cache's rules"))
+			asking("node-cache is killed", false, func() { old.Kill() })
+			n.answersEverybody(false, both...)
+			n.commands(n.Node, old.rules("-D"))
+
+			asking("back: node-cache starts", false, func() { old = n.nodeCache("nodelocaldns", both...) })
+			asking("node-cache is ended", false, func() { old.leave("nodelocaldns") })
+			n.answersEverybody(false, both...)
+			asking("the cache alone", true, func() {})
+			p.exit(syscall.SIGTERM)
+			n.same("after all have left", before, n.snapshot())
+		})
+	}
+}
