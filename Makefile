@@ -16,9 +16,11 @@ STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 # Every shell script, whatever its name is.
 SCRIPTS = $(shell grep -rIlE --exclude-dir=.git --exclude-dir=build '^\#!(/usr)?/bin/(env )?(ba)?sh' .)
 
-IMAGE ?= contentful-labs/coredns-nodecache:$(VERSION)
 # Debian's and Go's name of what the images run on.
 ARCH ?= $(shell go env GOARCH)
+# Both versions, as an image is made anew for each of the two.
+COREDNS_VERSION = $(shell sed -n 's|^	$(COREDNS) v||p' go.mod)
+IMAGE ?= contentful-labs/coredns-nodecache:$(VERSION)-coredns$(COREDNS_VERSION)
 # Such as linux/amd64,linux/arm64; by default this machine's own.
 PLATFORMS ?=
 # Further arguments of `docker buildx build`, such as --push.
@@ -134,6 +136,15 @@ check-generated: ## Fail if the lists of plugins are not what plugin.cfg asks fo
 .PHONY: manifests
 manifests: ## Copy the manifests of k8s/base to where they are applied as they are.
 	cp k8s/base/single/node-local.yaml k8s/base/ha/node-local-ha.yaml k8s
+
+.PHONY: sbom
+sbom: coredns ## Write build/sbom.json, the modules of ./coredns with their licences (CycloneDX).
+	mkdir -p build
+	go run ./cmd/sbom -version $(VERSION) ./coredns >build/sbom.json
+
+.PHONY: bump-coredns
+bump-coredns: ## Build on CoreDNS TO (the latest), and run all checks and tests (needs root).
+	.ci/bump-coredns $(TO)
 
 .PHONY: image
 image: ## Build the container images IMAGE and IMAGE-nftables, for PLATFORMS.
