@@ -367,28 +367,44 @@ func routes(l netlink.Link, f family) bool {
 	})
 }
 
-// networkManagerState is where NetworkManager keeps what it knows of each link
-// (nm-config.c). Another mount namespace, such as a container's, has it only if it is
-// mounted there.
-var networkManagerState = "/run/NetworkManager/devices"
+// networkManagerState is where NetworkManager keeps what it does with each link (as of
+// 1.42: devices/INDEX, and the profiles that it has made itself). Another mount
+// namespace, such as a container's, has it only if it is mounted there.
+var networkManagerState = "/run/NetworkManager"
 
-// networkManager finds links of ours that NetworkManager manages, and may take down
-// or rid of their addresses.
+// networkManager finds links of ours to which NetworkManager applies a profile, so that
+// they have its addresses and lose ours. A link that it manages but has only noted
+// as made by somebody else ("connected (externally)") it leaves as it is.
 func networkManager(s site) (found []string) {
 	for name := range s.links {
 		l, err := linkByName(name)
 		if err != nil || l == nil {
 			continue
 		}
-		b, err := os.ReadFile(filepath.Join(networkManagerState, strconv.Itoa(l.Attrs().Index)))
-		if err != nil {
+		state, err := os.ReadFile(filepath.Join(networkManagerState, "devices", strconv.Itoa(l.Attrs().Index)))
+		if err != nil || keyOf(state, "managed") != "true" || keyOf(state, "connection-uuid") == "" {
 			continue
 		}
-		for line := range strings.Lines(string(b)) {
-			if strings.TrimSpace(line) == "managed=true" {
-				found = append(found, fmt.Sprintf("NetworkManager manages the link %s, and may take its addresses away: write [keyfile] and unmanaged-devices=interface-name:%s to /etc/NetworkManager/conf.d/nodecache.conf, and run nmcli general reload", name, name))
-			}
+		external := false
+		made, _ := filepath.Glob(filepath.Join(networkManagerState, "system-connections", "*"))
+		for _, file := range made {
+			profile, err := os.ReadFile(file)
+			external = external || err == nil && keyOf(profile, "uuid") == keyOf(state, "connection-uuid") && keyOf(profile, "external") == "true"
+		}
+		if !external {
+			found = append(found, fmt.Sprintf("NetworkManager manages the link %s by a profile of its own, and takes other addresses from it: write [keyfile] and unmanaged-devices=interface-name:%s to /etc/NetworkManager/conf.d/nodecache.conf, and run nmcli general reload", name, name))
 		}
 	}
 	return found
+}
+
+// keyOf returns the value of a key in a file of GLib's key file format, whatever its
+// group.
+func keyOf(file []byte, key string) string {
+	for line := range strings.Lines(string(file)) {
+		if k, v, ok := strings.Cut(strings.TrimSpace(line), "="); ok && k == key {
+			return v
+		}
+	}
+	return ""
 }

@@ -526,6 +526,9 @@ func (x *xtables) run(program string, stdin []byte, args ...string) (stdout stri
 		if strings.Contains(said, "ermission denied") || strings.Contains(said, "Operation not permitted") {
 			said += " (iptables needs the capabilities NET_ADMIN and NET_RAW)"
 		}
+		if strings.Contains(said, "missing kernel module") || strings.Contains(said, "No chain/target/match by that name") {
+			said += " (the kernel lacks a module that the rules need: load xt_socket, xt_recent, xt_CT, xt_comment and xt_addrtype on the host, or use firewall nftables)"
+		}
 		return "", setupError(errFirewall, fmt.Errorf("running %s %s: %w: %s", program, strings.Join(args, " "), err, said))
 	}
 	return out.String(), nil

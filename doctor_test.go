@@ -1,0 +1,51 @@
+package nodecache
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// NetworkManager's files are as those of 1.42: of a link that it has noted, of one to
+// which it applies a profile, and of one that it does not manage.
+func TestNetworkManager(t *testing.T) {
+	needRoot(t)
+	cleanLinks(t)
+	i := &netif{name: testLink}
+	l, err := i.ensureLink()
+	must(t, err)
+	t.Cleanup(func() { must(t, i.prune(nil)) })
+
+	const managed = "[device]\nmanaged=true\nconnection-uuid=7b51333c-56a3-44c2-8b1f-3a73088a785b\nnm-owned=false\n"
+	const external = "[connection]\nid=nodelocaldns\nuuid=7b51333c-56a3-44c2-8b1f-3a73088a785b\ntype=dummy\n\n[.nmmeta]\nnm-generated=true\nvolatile=true\nexternal=true\n"
+	for name, tt := range map[string]struct {
+		device, profile string
+		want            bool
+	}{
+		"no NetworkManager":   {"", "", false},
+		"unmanaged":           {"[device]\nnm-owned=false\n", "", false},
+		"noted":               {managed, external, false},
+		"by a profile":        {managed, "", true},
+		"another one's noted": {managed, strings.Replace(external, "7b51", "0000", 1), true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			defer func(d string) { networkManagerState = d }(networkManagerState)
+			networkManagerState = dir
+			for file, text := range map[string]string{
+				fmt.Sprintf("devices/%d", l.Attrs().Index): tt.device, "system-connections/nodelocaldns.nmconnection": tt.profile,
+			} {
+				if text != "" {
+					must(t, os.MkdirAll(filepath.Dir(filepath.Join(dir, file)), 0o755))
+					must(t, os.WriteFile(filepath.Join(dir, file), []byte(text), 0o644))
+				}
+			}
+			found := networkManager(site{links: map[string]bool{testLink: true}})
+			if len(found) > 0 != tt.want {
+				t.Errorf("found %q, want one: %v", found, tt.want)
+			}
+		})
+	}
+}
