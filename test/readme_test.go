@@ -155,3 +155,173 @@ func (n *node) eth0() {
 		_, err := n.Node.Run(words[0], words[1:]...)
 		n.must(err)
 	}
+	// The carrier comes somewhat later, and would be a difference of the node.
+	for _, link := range []string{"eth0", "eth0-peer"} {
+		up := func() bool {
+			out, err := n.Node.Run("ip", "link", "show", link)
+			n.must(err)
+			return strings.Contains(out, " state UP ")
+		}
+		if !eventually(up) {
+			n.Fatalf("%s does not come up", link)
+		}
+	}
+}
+
+// The README has every metric with its labels and its help, and no others.
+func TestReadmeMetrics(t *testing.T) {
+	const prefix = "coredns_nodecache_"
+	families, err := prometheus.DefaultGatherer.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var want []string
+	for _, f := range families {
+		if !strings.HasPrefix(f.GetName(), prefix) {
+			continue
+		}
+		var labels []string
+		for _, m := range f.GetMetric() {
+			for _, l := range m.GetLabel() {
+				if !slices.Contains(labels, l.GetName()) {
+					labels = append(labels, l.GetName())
+				}
+				if l.GetName() == "version" {
+					continue
+				}
+				if !strings.Contains(readme(t)+logsPage(t), "`"+l.GetValue()+"`") {
+					t.Errorf("the README has no %s=%q of %s", l.GetName(), l.GetValue(), f.GetName())
+				}
+			}
+		}
+		want = append(want, fmt.Sprintf("* `%s{%s}` - %s", f.GetName(), strings.Join(labels, ", "), f.GetHelp()))
+	}
+	var got []string
+	for line := range strings.Lines(readme(t)) {
+		if line = strings.TrimSpace(line); strings.HasPrefix(line, "* `"+prefix) {
+			got = append(got, line)
+		}
+	}
+	slices.Sort(want)
+	slices.Sort(got)
+	if len(want) == 0 || !slices.Equal(want, got) {
+		t.Errorf("the README's metrics are\n%s\nwant\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
+	}
+	named := regexp.MustCompile(prefix + `\w+`)
+	for _, name := range named.FindAllString(readme(t), -1) {
+		if !strings.Contains(strings.Join(want, "\n"), "`"+name+"{") {
+			t.Errorf("the README names the metric %s, which is not there", name)
+		}
+	}
+}
+
+// Whatever the README says to make can be made.
+func TestReadmeMakeTargets(t *testing.T) {
+	targets := regexp.MustCompile(`(?m)^([a-z0-9-]+):`)
+	var have []string
+	for _, m := range targets.FindAllStringSubmatch(read(t, filepath.Join("..", "Makefile")), -1) {
+		have = append(have, m[1])
+	}
+	// `make x` in a sentence, and lines of code.
+	var commands [][]string
+	for _, page := range pages(t) {
+		commands = append(commands, regexp.MustCompile("`(make [^`]*)`").FindAllStringSubmatch(read(t, page), -1)...)
+	}
+	for _, f := range fences(t) {
+		for line := range strings.Lines(f.text) {
+			if f.kind == "sh" && strings.HasPrefix(line, "make") {
+				commands = append(commands, []string{line, line})
+			}
+		}
+	}
+	named := 0
+	for _, c := range commands {
+		words := strings.Fields(c[1])
+		for _, w := range words[1:] {
+			if strings.Contains(w, "=") {
+				continue
+			}
+			named++
+			if words[0] == "make" && !slices.Contains(have, w) {
+				t.Errorf("the README says %q, and the Makefile has no %s", strings.TrimSpace(c[1]), w)
+			}
+		}
+	}
+	if named < 5 {
+		t.Errorf("the README names %d targets, want at least 5", named)
+	}
+}
+
+// The messages that the README explains are those of the code. An ellipsis stands for
+// what differs from one time to the next.
+func TestReadmeMessages(t *testing.T) {
+	source := source(t)
+	_, table, _ := strings.Cut(readme(t), "\n### Errors\n")
+	table, _, _ = strings.Cut(table, "\n## ")
+	messages := 0
+	for line := range strings.Lines(table + logsPage(t)) {
+		if !strings.HasPrefix(line, "| `") {
+			continue
+		}
+		// The message is in the first cell, but for the table of faults.
+		cells := strings.Split(line[2:], " | ")
+		cell := cells[0]
+		if len(cells) == 3 {
+			cell = cells[1]
+		}
+		for _, m := range regexp.MustCompile("`([^`]+)`").FindAllStringSubmatch(cell, -1) {
+			messages++
+			for part := range strings.SplitSeq(m[1], "…") {
+				if part = strings.TrimSpace(part); !strings.Contains(source, part) {
+					t.Errorf("the README explains the message %q, but no code says %q", m[1], part)
+				}
+			}
+		}
+	}
+	if messages < 20 {
+		t.Errorf("%d messages in the README, want at least 20", messages)
+	}
+}
+
+// What a page links to is there, as is the heading, and the README links to each page.
+func TestPagesLinks(t *testing.T) {
+	link := regexp.MustCompile(`\]\(([^)]+)\)`)
+	linked := map[string]bool{}
+	for _, page := range pages(t) {
+		for _, m := range link.FindAllStringSubmatch(read(t, page), -1) {
+			target, heading, _ := strings.Cut(m[1], "#")
+			if strings.Contains(target, "://") {
+				continue
+			}
+			path := page
+			if target != "" {
+				path = filepath.Join(filepath.Dir(page), target)
+			}
+			if filepath.Base(page) == "README.md" {
+				linked[path] = true
+			}
+			if _, err := os.Stat(path); err != nil {
+				t.Errorf("%s links to %s: %v", page, m[1], err)
+			} else if heading != "" && !slices.Contains(headings(t, path), heading) {
+				t.Errorf("%s links to %s, which has no such heading", page, m[1])
+			}
+		}
+	}
+	for _, page := range pages(t)[1:] {
+		if !linked[filepath.Clean(page)] {
+			t.Errorf("the README does not link to %s", page)
+		}
+	}
+}
+
+// headings are what GitHub makes of a page's headings in links.
+func headings(t *testing.T, path string) (hs []string) {
+	for line := range strings.Lines(read(t, path)) {
+		if strings.HasPrefix(line, "#") {
+			h := strings.ToLower(strings.TrimSpace(strings.TrimLeft(line, "#")))
+			h = regexp.MustCompile(`[^a-z0-9 _-]`).ReplaceAllString(h, "")
+			hs = append(hs, strings.ReplaceAll(h, " ", "-"))
+		}
+	}
+	return hs
+}
