@@ -116,8 +116,10 @@ race: deps ## Run the package's tests with the race detector (needs a C compiler
 	CGO_ENABLED=1 go test -race -count=1 -timeout 20m .
 
 .PHONY: fuzz
-fuzz: ## Fuzz the directive's parser for FUZZTIME (5m).
-	go test -run '^$$' -fuzz FuzzDirective -fuzztime $(FUZZTIME) .
+fuzz: ## Fuzz the directive's parser and fastpath's, each for FUZZTIME (5m).
+	for f in FuzzDirective FuzzPlainQuery FuzzTTLOffsets; do \
+		go test -run '^$$' -fuzz $$f -fuzztime $(FUZZTIME) . || exit; \
+	done
 
 .PHONY: cover
 cover: deps ## Print the coverage of the package's tests, and fail below 85 % (needs root).

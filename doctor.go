@@ -46,7 +46,10 @@ type site struct {
 	placed    map[netip.Addr]*placed
 	listeners []endpoint
 	backends  map[string]bool
-	ask       func() (others, error)
+	// raw is, by family, what a look of the backend iptables at the rules of the table
+	// raw has seen; nil where it has not looked.
+	raw map[family][]string
+	ask func() (others, error)
 }
 
 func (n *node) site(cfg *config) site {
@@ -56,6 +59,12 @@ func (n *node) site(cfg *config) site {
 	}
 	for name := range n.want.rules {
 		s.backends[name] = true
+	}
+	if t, ok := n.firewalls[backendIPT].(*iptables); ok {
+		s.raw = map[family][]string{}
+		for f, x := range t.families {
+			s.raw[f] = x.first
+		}
 	}
 	return s
 }
@@ -106,7 +115,10 @@ func rulesOfNodeCache(s site) []string {
 		if len(own) == 0 {
 			continue
 		}
-		lines := rulesInRaw(f, s.backends[backendIPT])
+		lines := s.raw[f]
+		if s.raw == nil {
+			lines = rulesInRaw(f)
+		}
 		for _, a := range own {
 			if slices.ContainsFunc(lines, func(l string) bool {
 				return strings.Contains(l, nodeCacheComment) && strings.Contains(l, " -d "+a.String()+"/")
@@ -123,21 +135,18 @@ func rulesOfNodeCache(s site) []string {
 }
 
 // rulesInRaw returns the rules of a family's table raw, as iptables-save prints them
-// as far as their destination and comment go. With programs, it asks the program that
-// the backend iptables uses; else nf_tables, where iptables-nft has its rules, and the
-// legacy program only if its table is in use, as to look would load it.
-func rulesInRaw(f family, programs bool) (lines []string) {
+// as far as their destination and comment go: what nf_tables has of it, where
+// iptables-nft writes, and what the legacy program says if its table is in use, as to
+// look would load it.
+func rulesInRaw(f family) (lines []string) {
 	names := map[family]string{ipv4: "ip_tables_names", ipv6: "ip6_tables_names"}
 	legacy, _ := os.ReadFile("/proc/thread-self/net/" + names[f])
-	if programs || slices.Contains(strings.Fields(string(legacy)), "raw") {
+	if slices.Contains(strings.Fields(string(legacy)), "raw") {
 		ctx, cancel := context.WithTimeout(context.Background(), lockWait)
 		defer cancel()
 		if out, err := exec.CommandContext(ctx, f.program()+"-save", "-t", "raw").Output(); err == nil {
 			lines = slices.AppendSeq(lines, strings.Lines(string(out)))
 		}
-	}
-	if programs {
-		return lines
 	}
 	conn, err := nftables.New()
 	if err != nil {

@@ -50,16 +50,11 @@ func park(es []endpoint) error {
 	var errs []error
 	for _, e := range es {
 		for _, fd := range socks[e] {
-			var err error
-			switch {
-			case e.proto == "tcp":
-				err = replace(fd)
-			case e.addr.Is4():
-				err = unix.Connect(fd, &unix.SockaddrInet4{Addr: [4]byte{127, 255, 255, 254}, Port: 9}) // discard
-			default:
-				err = unix.Connect(fd, &unix.SockaddrInet6{Addr: [16]byte{15: 1}, Port: 9})
+			do := parkUDP
+			if e.proto == "tcp" {
+				do = replace
 			}
-			if err != nil {
+			if err := do(fd, e); err != nil {
 				errs = append(errs, fmt.Errorf("parking the socket on %s: %w", e, err))
 			}
 		}
@@ -67,9 +62,17 @@ func park(es []endpoint) error {
 	return errors.Join(errs...)
 }
 
+// parkUDP has the kernel choose the socket of fd no more.
+func parkUDP(fd int, e endpoint) error {
+	if e.addr.Is4() {
+		return unix.Connect(fd, &unix.SockaddrInet4{Addr: [4]byte{127, 255, 255, 254}, Port: 9}) // discard
+	}
+	return unix.Connect(fd, &unix.SockaddrInet6{Addr: [16]byte{15: 1}, Port: 9})
+}
+
 // replace closes the socket of fd and lets fd be one on which nobody can call. It
 // listens, since the server's next accept would fail on one that does not.
-func replace(fd int) error {
+func replace(fd int, _ endpoint) error {
 	s, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return err

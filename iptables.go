@@ -67,6 +67,7 @@ type xtables struct {
 	es      []endpoint // as written
 	leaving []endpoint // of es, as written
 	heeded  []endpoint // see firewall.heed
+	first   []string   // rules of raw's PREROUTING at the last look, everybody's
 	keep    bool
 	// noRecent is set where the kernel has no match recent, or its list can't be
 	// written: then only the address guards the rules for the node's own queries.
@@ -189,6 +190,7 @@ func (x *xtables) ensure(es []endpoint) (missing int, err error) {
 			return 0, err
 		}
 	}
+	x.first = have["raw"].chains["PREROUTING"]
 	es, leaving := x.kept(have, es)
 	missing = x.missing(have, es, leaving)
 	if missing == 0 && (x.written || len(es) == 0) && !x.surplus(have, es, leaving) {

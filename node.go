@@ -51,6 +51,7 @@ type node struct {
 	startOnce sync.Once
 	ready     atomic.Bool
 	answering counter
+	fast      fastpath
 
 	member   *member
 	others   others // as of this process's last turn
@@ -86,6 +87,7 @@ func newNode() *node {
 		syncTick:  time.NewTicker(defaultSync),
 	}
 	n.syncTick.Stop()
+	n.fast = fastpath{answering: &n.answering, listeners: map[endpoint]*fastListener{}}
 	return n
 }
 
@@ -278,6 +280,7 @@ func (n *node) abandon(cfg *config) error {
 func (n *node) over() error {
 	n.ready.Store(false)
 	n.syncTick.Stop()
+	n.fast.only(nil)
 	err := count(n.reduce(state{}))
 	n.serve(state{})
 	n.member.hide()
@@ -513,6 +516,7 @@ func (n *node) complete(cfg *config, began time.Time) {
 		// Nothing of this process to wait for: what a process before it has left
 		// beyond its needs can go.
 		n.running, n.starting = cfg, nil
+		n.fast.only(cfg)
 		if err := n.reduce(target); err != nil {
 			log.Errorf("%v", count(err))
 			return
@@ -613,6 +617,7 @@ func (n *node) replaced(cfg *config) error {
 		if n.running == nil {
 			return n.over()
 		}
+		n.fast.only(n.running)
 		want := n.running.state(false, n.resolve)
 		err := count(n.reduce(want))
 		n.serve(want)

@@ -25,7 +25,9 @@
 // process has on the node and is the only one to change it, through netif.go
 // (the interface and its addresses) and a firewall (iptables.go, nftables.go).
 // members.go knows of the other processes, watch.go of what the kernel reports,
-// ports.go and sockets.go of who listens, drain.go of how to leave.
+// ports.go and sockets.go of who listens, drain.go of how to leave. fastpath.go
+// answers repeated questions from fastcache.go's table, which is good for as long as
+// fastitem.go knows that the cache plugin would answer the same.
 package nodecache
 
 import (
@@ -44,6 +46,7 @@ var log = clog.NewWithPlugin("nodecache")
 type handler struct {
 	next plugin.Handler
 	node *node
+	fast *fastBlock // nil: the block has no fastpath
 }
 
 // Name implements plugin.Handler.
@@ -53,6 +56,11 @@ func (handler) Name() string { return "nodecache" }
 func (h handler) ServeDNS(ctx context.Context, w dns.ResponseWriter, r *dns.Msg) (int, error) {
 	open := h.node.answering.begin()
 	defer open.Add(-1)
+	if h.fast != nil {
+		if q, ok := ctx.Value(fastKey{}).(*fastQuery); ok {
+			q.enter(h.fast, r)
+		}
+	}
 	return plugin.NextOrFailure(h.Name(), h.next, ctx, w, r)
 }
 

@@ -15,6 +15,7 @@ import (
 	"github.com/coredns/coredns/core/dnsserver"
 	"github.com/coredns/coredns/plugin"
 	"github.com/coredns/coredns/plugin/pkg/transport"
+	"github.com/miekg/dns"
 )
 
 func init() {
@@ -53,6 +54,7 @@ func setup(c *caddy.Controller) error {
 		cfg = newConfig()
 	}
 	dc := dnsserver.GetConfig(c)
+	b.config = dc
 	if err := cfg.add(b, dc.ListenHosts, c.ServerBlockKeys); err != nil {
 		return plugin.Error(directiveName, err)
 	}
@@ -61,12 +63,25 @@ func setup(c *caddy.Controller) error {
 	}
 	if !ok {
 		c.Set(configKey{}, cfg)
+		ctx := c.Context()
+		c.OnStartup(func() error { return wrap(cfg.attachFast(ctx)) })
 		c.OnStartup(func() error { return wrap(theNode.start(cfg)) })
 		c.OnRestart(func() error { theNode.restarting(cfg, true); return nil })
 		c.OnRestartFailed(func() error { theNode.restarting(cfg, false); return wrap(theNode.revert(cfg)) })
 		c.OnShutdown(func() error { return wrap(theNode.replaced(cfg)) })
 	}
-	dc.AddPlugin(func(next plugin.Handler) plugin.Handler { return handler{next: next, node: theNode} })
+	fast := b.fast
+	// Without fastpath too: a reload may turn it off.
+	dc.UDPDecorateWriterFunc = func(s *dnsserver.Server) dns.DecorateWriter {
+		theNode.fast.serve(cfg, s)
+		return nil
+	}
+	dc.AddPlugin(func(next plugin.Handler) plugin.Handler {
+		if fast != nil {
+			fast.next = next
+		}
+		return handler{next: next, node: theNode, fast: fast}
+	})
 	return nil
 }
 
@@ -104,6 +119,9 @@ type block struct {
 	syncAt           string
 	extra            []uint16
 	ifaceAt, extraAt string
+	fast             *fastBlock // nil: no fastpath
+	fastAt           string
+	config           *dnsserver.Config
 }
 
 func position(c *caddy.Controller) string { return c.File() + ":" + strconv.Itoa(c.Line()) }
@@ -120,6 +138,7 @@ func errorAt(at, format string, args ...any) error {
 //	    firewall  auto|iptables|nftables|none
 //	    sync      DURATION
 //	    untracked PORT...
+//	    fastpath  [ENTRIES]
 //	}
 func parse(c *caddy.Controller) (*block, error) {
 	var b *block
@@ -148,13 +167,13 @@ func parse(c *caddy.Controller) (*block, error) {
 
 func (b *block) property(c *caddy.Controller) error {
 	name, args := c.Val(), c.RemainingArgs()
-	seen := map[string]*string{"interface": &b.ifaceAt, "firewall": &b.backendAt, "sync": &b.syncAt, "untracked": &b.extraAt}[name]
+	seen := map[string]*string{"interface": &b.ifaceAt, "firewall": &b.backendAt, "sync": &b.syncAt, "untracked": &b.extraAt, "fastpath": &b.fastAt}[name]
 	switch {
 	case seen == nil:
-		return c.Errf("unknown property %q; nodecache has interface, firewall, sync and untracked", name)
+		return c.Errf("unknown property %q; nodecache has interface, firewall, sync, untracked and fastpath", name)
 	case *seen != "":
 		return c.Errf("%s is given twice, before this at %s", name, *seen)
-	case len(args) == 0:
+	case len(args) == 0 && name != "fastpath":
 		return c.Errf("%s needs a value", name)
 	case len(args) > 1 && name != "untracked":
 		return c.Errf("%s takes one value, not %d", name, len(args))
@@ -180,6 +199,19 @@ func (b *block) property(c *caddy.Controller) error {
 			return c.Errf("sync %s is out of range; it is %s to %s", args[0], minSync, maxSync)
 		}
 		b.sync = d
+	case "fastpath":
+		b.fast = &fastBlock{at: position(c), entries: defaultEntries}
+		if len(args) == 0 {
+			break
+		}
+		n, err := strconv.Atoi(args[0])
+		if err != nil {
+			return c.Errf("fastpath %q is no number of entries", args[0])
+		}
+		if n < minEntries || n > maxEntries {
+			return c.Errf("fastpath %d is out of range; it is %d to %d entries", n, minEntries, maxEntries)
+		}
+		b.fast.entries = n
 	case "untracked":
 		for _, arg := range args {
 			p, err := strconv.ParseUint(arg, 10, 16)
@@ -209,6 +241,10 @@ func badLinkName(name string) string {
 // add puts one server block's demands into c: b its directive, hosts what its
 // bind resolved to, keys its zones in the form dns://zone:port.
 func (c *config) add(b *block, hosts, keys []string) error {
+	if b.fast != nil {
+		b.fast.config = b.config
+		c.fast = append(c.fast, b.fast)
+	}
 	if len(hosts) == 0 || hosts[0] == "" {
 		return errorAt(b.at, "nodecache needs the addresses of a bind in the same server block, such as: bind 169.254.20.10")
 	}
@@ -253,9 +289,16 @@ func (c *config) add(b *block, hosts, keys []string) error {
 		if err != nil {
 			return errorAt(b.at, "reading the server block's key %s: %w", key, err)
 		}
+		if b.fast != nil {
+			b.fast.ports = append(b.fast.ports, strconv.Itoa(int(port)))
+		}
 		for _, a := range addrs {
 			for _, proto := range protos {
-				es = append(es, endpoint{addr: a, proto: proto, port: port})
+				e := endpoint{addr: a, proto: proto, port: port}
+				es = append(es, e)
+				if b.fast != nil && proto == "udp" && len(protos) == 2 { // dns://
+					c.fastAt[e] = max(c.fastAt[e], b.fast.entries)
+				}
 			}
 		}
 	}

@@ -49,6 +49,9 @@ type config struct {
 	links map[string]*linkConfig   // by interface name; "none" is a name as any other here
 	addrs map[netip.Addr]*placed   // every address of a bind
 	wants map[endpoint]*endpointOf // every address and port that clients send to
+	fast  []*fastBlock             // the blocks with fastpath
+	// fastAt is how many answers are kept for an address with fastpath.
+	fastAt map[endpoint]int
 	// restarting is true from OnRestart on, until it is known to have failed.
 	restarting bool
 }
@@ -75,7 +78,7 @@ type endpointOf struct {
 }
 
 func newConfig() *config {
-	return &config{links: map[string]*linkConfig{}, addrs: map[netip.Addr]*placed{}, wants: map[endpoint]*endpointOf{}}
+	return &config{links: map[string]*linkConfig{}, addrs: map[netip.Addr]*placed{}, wants: map[endpoint]*endpointOf{}, fastAt: map[endpoint]int{}}
 }
 
 // sync returns the shortest interval that a block asked for.

@@ -30,6 +30,9 @@ func TestBadInput(t *testing.T) {
 		return "a.:53 {\n" + bind + " nodecache {\n" + first + "\n }\n}\n" +
 			"b.:53 {\n" + bind + " nodecache {\n" + second + "\n }\n}\n"
 	}
+	fast := func(line string) string {
+		return one(bind, " nodecache {\nfastpath\n }\n cache\n "+line)
+	}
 	for _, c := range []struct {
 		name, corefile string
 		words          []string // of which the first is the line
@@ -62,6 +65,23 @@ func TestBadInput(t *testing.T) {
 		{name: "untracked-zero", corefile: property("untracked 0"), words: []string{":4", "untracked", "0"}},
 		{name: "untracked-large", corefile: property("untracked 65536"), words: []string{":4", "65536"}},
 		{name: "untracked-word", corefile: property("untracked x"), words: []string{":4", "x"}},
+		{name: "fastpath-word", corefile: property("fastpath many"), words: []string{":4", "fastpath", "many"}},
+		{name: "fastpath-small", corefile: property("fastpath 1"), words: []string{":4", "fastpath 1", "64"}},
+		{name: "fastpath-large", corefile: property("fastpath 99999999"), words: []string{":4", "99999999"}},
+		{name: "fastpath-two-values", corefile: property("fastpath 1000 2000"), words: []string{":4", "fastpath"}},
+		{name: "fastpath-twice", corefile: property("fastpath", "fastpath"), words: []string{":5", "fastpath"}},
+		{name: "fastpath-without-cache", corefile: property("fastpath"), words: []string{":4", "fastpath", "cache"}},
+		{name: "fastpath-with-log", corefile: fast("log"), words: []string{":4", "fastpath", "log"}},
+		{name: "fastpath-with-acl", corefile: fast("acl {\n allow net 0.0.0.0/0\n }"), words: []string{":4", "fastpath", "acl"}},
+		{name: "fastpath-with-loadbalance", corefile: fast("loadbalance"), words: []string{":4", "fastpath", "loadbalance"}},
+		{name: "fastpath-with-trace", corefile: fast("trace"), words: []string{":4", "fastpath", "trace"}},
+		{name: "fastpath-with-multisocket", corefile: fast("multisocket 2"), words: []string{":4", "fastpath", "multisocket"}},
+		{name: "fastpath-with-shed", corefile: fast("shed"), words: []string{":4", "fastpath", "shed"}},
+		{
+			name:     "fastpath-with-view-in-another-block",
+			corefile: fast("errors") + "v.:53 {\n" + bind + " view here {\n expr true\n }\n forward . 10.0.2.2\n}\n",
+			words:    []string{":4", "fastpath", "view"},
+		},
 		{
 			name: "link-of-another-type", corefile: one(bind, " nodecache"), words: []string{":3", "nodelocaldns", "veth"},
 			prepare: func(n *node) {

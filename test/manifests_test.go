@@ -196,14 +196,6 @@ func (n *node) quiet(log string) {
 	}
 }
 
-// fastpathMissing says why the overlay fastpath can't be started yet.
-func fastpathMissing(t *testing.T) string {
-	if !strings.Contains(read(t, filepath.Join("..", "setup.go")), `"fastpath"`) {
-		return "the directive has no property fastpath yet"
-	}
-	return ""
-}
-
 // Every manifest as it stands, with exactly its capabilities, answers and leaves nothing.
 func TestManifests(t *testing.T) {
 	k8s := filepath.Join("..", "k8s")
@@ -225,9 +217,6 @@ func TestManifests(t *testing.T) {
 	for name, load := range manifests {
 		for _, variant := range []lab.Iptables{lab.NFT, lab.Legacy} {
 			t.Run(name+"/"+string(variant), func(t *testing.T) {
-				if why := fastpathMissing(t); name == "fastpath" && why != "" {
-					t.Skip(why)
-				}
 				n := newNode(t, backend{iptables: variant})
 				m, err := load()
 				n.must(err)

@@ -96,8 +96,12 @@ func (n *node) must(err error) {
 	}
 }
 
-// block is a server block with nodecache on the addresses.
+// block is a server block with nodecache on the addresses. With LAB_FASTPATH set it has
+// fastpath, so that all tests can be run with it.
 func (n *node) block(key, bind string, properties ...string) string {
+	if os.Getenv("LAB_FASTPATH") != "" {
+		properties = append(properties, "fastpath")
+	}
 	if n.backend.firewall != "" {
 		properties = append([]string{"firewall " + n.backend.firewall}, properties...)
 	}

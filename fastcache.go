@@ -1,0 +1,209 @@
+package nodecache
+
+import (
+	"bytes"
+	"encoding/binary"
+	"hash/maphash"
+	"math/bits"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+const (
+	ways           = 8 // entries of one bucket
+	defaultEntries = 1 << 14
+	minEntries     = 64
+	maxEntries     = 1 << 24
+	// maxWire bounds the answers that are kept: larger ones do not fit a packet of
+	// IPv6's smallest MTU, and are rare.
+	maxWire = 1232
+	// meanEntry is how many bytes an entry may take on average, all that belongs to
+	// it counted. Those with one address take about 550.
+	meanEntry = 640
+	// overhead is what an entry takes beside its bytes: the answer itself and what is
+	// known of the item.
+	overhead = 384
+	// urgentPass is how long hits keep to the fast way after one that was to have the
+	// cache plugin prefetch: a prefetch takes as long as the upstream does.
+	urgentPass = 100 * time.Millisecond
+)
+
+// epoch is what the times of entries and items count from. They are monotonic.
+var epoch = time.Now()
+
+func sinceEpoch() int64 { return int64(time.Since(epoch)) }
+
+// An answer is a response that can be sent again: the same query gets the same bytes,
+// but for the ID and the TTLs. It does not change once it is in the table.
+type answer struct {
+	key      []byte // the query without its ID
+	wire     []byte // the response
+	ttls     []uint16
+	hash     uint64
+	lo, hi   int64  // its TTL is over between the two, in ns since the epoch
+	constant uint32 // a TTL that does not count down (keepttl), or 0
+	source   *item  // what the cache plugin has answered from
+	version  uint64 // of the source
+	counts   *counts
+	// The sizes that are counted, in bytes: that of the response is the one that it has
+	// before it is made to fit the client.
+	querySize, responseSize uint16
+
+	used atomic.Bool // since all of its bucket were
+
+	// A hit goes the ordinary way now and then, so that the cache plugin sees that the
+	// name is asked for, and prefetches it.
+	every  int64 // 0: never
+	urgent int64 // from when on it is to prefetch, in ns since the epoch
+	passed atomic.Int64
+}
+
+// size is what an answer takes of the memory that a table may have.
+func (a *answer) size() int64 { return int64(len(a.key)+len(a.wire)+2*len(a.ttls)) + overhead }
+
+// ttl returns the TTL that CoreDNS would answer with, in seconds. It is false when the
+// ordinary way has to be taken: the TTL is over, the cache plugin has a newer item, or
+// the moment is so close to the turn of a second that the TTL can't be told.
+func (a *answer) ttl(now int64) (uint32, bool) {
+	if now >= a.lo || a.source.version.Load() != a.version {
+		return 0, false
+	}
+	if a.constant != 0 {
+		return a.constant, true
+	}
+	s := seconds(a.lo - now)
+	return uint32(s), s == seconds(a.hi-now)
+}
+
+// seconds rounds up: the cache plugin takes the whole seconds since an item was stored
+// from its TTL.
+func seconds(ns int64) int64 { return (ns + int64(time.Second) - 1) / int64(time.Second) }
+
+// pass tells whether a hit has to go the ordinary way, to be counted there.
+func (a *answer) pass(now int64) bool {
+	if a.every == 0 {
+		return false
+	}
+	last, every, since := a.passed.Load(), a.every, int64(0)
+	if now >= a.urgent {
+		every, since = min(every, int64(urgentPass)), a.urgent
+	}
+	return (now-last >= every || last < since) && a.passed.CompareAndSwap(last, now)
+}
+
+// put writes the response to the query q into dst, which is large enough, and returns
+// its length.
+func (a *answer) put(dst, q []byte, ttl uint32) int {
+	n := copy(dst, a.wire)
+	dst[0], dst[1] = q[0], q[1]
+	for _, off := range a.ttls {
+		binary.BigEndian.PutUint32(dst[off:], ttl)
+	}
+	return n
+}
+
+// An answerTable holds answers by their queries. Looking one up takes no lock.
+type answerTable struct {
+	seed    maphash.Seed
+	buckets []bucket
+	most    int64 // entries
+	room    int64 // bytes
+	entries atomic.Int64
+	bytes   atomic.Int64
+	locks   [64]sync.Mutex // of the buckets, for changes
+}
+
+type bucket [ways]atomic.Pointer[answer]
+
+func newAnswerTable(entries int) *answerTable {
+	// Half of the places stay empty, so that hardly a bucket is full before the table is.
+	return &answerTable{
+		most:    int64(entries),
+		seed:    maphash.MakeSeed(),
+		buckets: make([]bucket, max(1, (2*entries+ways-1)/ways)),
+		room:    int64(entries) * meanEntry,
+	}
+}
+
+// bucket returns the index of a hash's bucket.
+func (t *answerTable) bucket(hash uint64) int {
+	i, _ := bits.Mul64(hash, uint64(len(t.buckets)))
+	return int(i)
+}
+
+// get returns the answer to a packet, or nil.
+func (t *answerTable) get(q []byte) *answer {
+	key := q[2:]
+	hash := maphash.Bytes(t.seed, key)
+	b := &t.buckets[t.bucket(hash)]
+	for i := range b {
+		a := b[i].Load()
+		if a != nil && a.hash == hash && bytes.Equal(a.key, key) {
+			if !a.used.Load() {
+				a.used.Store(true)
+			}
+			return a
+		}
+	}
+	return nil
+}
+
+// add puts an answer in, in place of one to the same query, of one that is over, or of
+// one that nobody has asked for: names that are asked for once or twice do not drive
+// out those that are asked for again and again. It is dropped if there is no room.
+func (t *answerTable) add(a *answer, now int64) {
+	a.hash = maphash.Bytes(t.seed, a.key)
+	n := t.bucket(a.hash)
+	l := &t.locks[n%len(t.locks)]
+	l.Lock()
+	defer l.Unlock()
+	b := &t.buckets[n]
+	victim, full := -1, true
+	for i := range b {
+		old := b[i].Load()
+		if old == nil {
+			full = false
+			if t.entries.Load() < t.most && (victim < 0 || b[victim].Load() != nil) {
+				victim = i
+			}
+			continue
+		}
+		if old.hash == a.hash && bytes.Equal(old.key, a.key) {
+			victim = i
+			break
+		}
+		_, fresh := old.ttl(now)
+		if !fresh && now >= old.lo && victim < 0 {
+			victim = i
+		}
+	}
+	for i := range b {
+		if old := b[i].Load(); victim < 0 && old != nil && !old.used.Load() {
+			victim = i
+		}
+	}
+	if victim < 0 {
+		// All have been asked for. Those that will not be again make room for the next;
+		// where only the table is full, their TTLs see to that.
+		for i := range b {
+			if full {
+				b[i].Load().used.Store(false)
+			}
+		}
+		return
+	}
+	grow := a.size()
+	old := b[victim].Load()
+	if old != nil {
+		grow -= old.size()
+	}
+	if grow > 0 && t.bytes.Load()+grow > t.room {
+		return
+	}
+	b[victim].Store(a)
+	t.bytes.Add(grow)
+	if old == nil {
+		t.entries.Add(1)
+	}
+}

@@ -1,0 +1,587 @@
+package e2e
+
+import (
+	"bytes"
+	"fmt"
+	"math/rand/v2"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/miekg/dns"
+
+	"github.com/contentful-labs/coredns-nodecache/test/lab"
+)
+
+// fastZone has names of every kind.
+func fastZone() string {
+	var z strings.Builder
+	z.WriteString("$ORIGIN fast.test.\n$TTL 60\n@ 30 IN SOA ns hostmaster 1 3600 600 86400 20\n@ IN NS ns\nns IN A 192.0.2.53\nns IN AAAA 2001:db8::53\n")
+	z.WriteString("@ IN MX 10 mail\nmail IN A 192.0.2.25\n_dns._udp IN SRV 0 5 53 ns\n_dns._udp IN SRV 1 5 53 mail\n@ IN CAA 0 issue \"ca.test\"\n@ IN HTTPS 1 . alpn=h2\n@ IN TYPE65280 \\# 4 01020304\n")
+	z.WriteString("cname IN CNAME cname2\ncname2 5 IN CNAME cname3\ncname3 IN CNAME host1\ndangling IN CNAME nowhere\nout IN CNAME www.elsewhere.test.\n*.wild IN A 192.0.2.99\n*.wild IN TXT wild\nsub IN NS ns.sub\nns.sub IN A 192.0.2.54\n")
+	expires := time.Now().AddDate(1, 0, 0).UTC().Format("20060102150405")
+	for i := range 8 {
+		fmt.Fprintf(&z, "host%d %d IN A 192.0.2.%d\nhost%d IN AAAA 2001:db8::%d\nhost%d IN TXT \"text %d\"\n", i, 4+7*i, i+1, i, i+1, i, i)
+		fmt.Fprintf(&z, "host%d %d IN RRSIG A 13 3 %d %s 20200101000000 1 fast.test. c2lnbmF0dXJl\n", i, 4+7*i, 4+7*i, expires)
+	}
+	for i := range 60 {
+		fmt.Fprintf(&z, "many IN A 198.51.100.%d\n", i+1)
+		fmt.Fprintf(&z, "text IN TXT \"%s %d\"\n", strings.Repeat("x", 40+i), i)
+	}
+	for i := range 20 {
+		fmt.Fprintf(&z, "twenty IN A 198.51.100.%d\n", i+1)
+	}
+	z.WriteString(strings.Repeat("a", 63) + "." + strings.Repeat("b", 63) + "." + strings.Repeat("c", 63) + " IN A 192.0.2.77\n")
+	return z.String()
+}
+
+// fastNames are names with the types to ask for them.
+var fastNames = func() (qs []dns.Question) {
+	long := strings.Repeat("a", 63) + "." + strings.Repeat("b", 63) + "." + strings.Repeat("c", 63)
+	for _, name := range []string{
+		"", "ns.", "mail.", "_dns._udp.", "cname.", "cname2.", "dangling.", "out.", "a.wild.", "b.c.wild.", "www.sub.",
+		"host0.", "host1.", "host2.", "host3.", "host4.", "host5.", "host6.", "host7.", "many.", "text.", "twenty.", "nowhere.", "no.such.name.", long + ".",
+	} {
+		for _, t := range []uint16{
+			dns.TypeA, dns.TypeAAAA, dns.TypeMX, dns.TypeTXT, dns.TypeSRV, dns.TypeNS, dns.TypeSOA, dns.TypeCNAME, dns.TypePTR,
+			dns.TypeHTTPS, dns.TypeCAA, dns.TypeDS, dns.TypeRRSIG, dns.TypeANY, 65280,
+		} {
+			qs = append(qs, dns.Question{Name: name + "fast.test.", Qtype: t, Qclass: dns.ClassINET})
+		}
+	}
+	return append(qs, dns.Question{Name: ".", Qtype: dns.TypeNS, Qclass: dns.ClassINET}, dns.Question{Name: "other.", Qtype: dns.TypeA, Qclass: dns.ClassINET})
+}()
+
+// A shape makes a query of a question.
+type shape struct {
+	name  string
+	query func(q dns.Question) []byte
+}
+
+func message(q dns.Question, change func(m *dns.Msg)) []byte {
+	m := new(dns.Msg)
+	m.Question = []dns.Question{q}
+	m.RecursionDesired = true
+	change(m)
+	b, err := m.Pack()
+	if err != nil {
+		panic(fmt.Sprintf("%v: %v", q, err))
+	}
+	return b
+}
+
+func edns(size uint16, do bool, options ...dns.EDNS0) func(m *dns.Msg) {
+	return func(m *dns.Msg) {
+		m.SetEdns0(size, do)
+		m.IsEdns0().Option = options
+	}
+}
+
+// fastShapes are all that a query of the usual kind can be; such may be answered from
+// a ready answer.
+var fastShapes = func() (shapes []shape) {
+	add := func(name string, change func(m *dns.Msg)) {
+		shapes = append(shapes, shape{name, func(q dns.Question) []byte { return message(q, change) }})
+	}
+	flags := map[string]func(m *dns.Msg){
+		"rd": func(*dns.Msg) {}, "no-rd": func(m *dns.Msg) { m.RecursionDesired = false },
+		"ad": func(m *dns.Msg) { m.AuthenticatedData = true }, "cd": func(m *dns.Msg) { m.CheckingDisabled = true },
+		"ad-cd": func(m *dns.Msg) { m.AuthenticatedData, m.CheckingDisabled = true, true },
+		"aa-tc": func(m *dns.Msg) { m.Authoritative, m.Truncated = true, true },
+		"z-ra":  func(m *dns.Msg) { m.Zero, m.RecursionAvailable = true, true },
+		"rcode": func(m *dns.Msg) { m.Rcode = dns.RcodeRefused },
+	}
+	for f, flag := range flags {
+		add(f, flag)
+		for _, size := range []uint16{0, 512, 1232, 4096, 65535} {
+			for _, do := range []bool{false, true} {
+				add(fmt.Sprintf("%s edns %d do %v", f, size, do), func(m *dns.Msg) { flag(m); edns(size, do)(m) })
+			}
+		}
+	}
+	cases := func(name string, change func(string) string) {
+		shapes = append(shapes, shape{name, func(q dns.Question) []byte {
+			q.Name = change(q.Name)
+			return message(q, func(*dns.Msg) {})
+		}})
+	}
+	cases("upper case", strings.ToUpper)
+	cases("mixed case", func(s string) string {
+		b := []byte(s)
+		for i := range b {
+			if b[i] >= 'a' && b[i] <= 'z' && i%3 == 0 {
+				b[i] -= 'a' - 'A'
+			}
+		}
+		return string(b)
+	})
+	slices.SortFunc(shapes, func(a, b shape) int { return strings.Compare(a.name, b.name) })
+	return shapes
+}()
+
+// oddShapes are everything else.
+var oddShapes = func() (shapes []shape) {
+	add := func(name string, change func(m *dns.Msg)) {
+		shapes = append(shapes, shape{name, func(q dns.Question) []byte { return message(q, change) }})
+	}
+	raw := func(name string, change func(b []byte) []byte) {
+		shapes = append(shapes, shape{name, func(q dns.Question) []byte { return change(message(q, func(*dns.Msg) {})) }})
+	}
+	set := func(at int, v ...byte) func(b []byte) []byte {
+		return func(b []byte) []byte { copy(b[at:], v); return b }
+	}
+	add("cookie", edns(1232, false, &dns.EDNS0_COOKIE{Code: dns.EDNS0COOKIE, Cookie: "0123456789abcdef"}))
+	add("nsid", edns(1232, true, &dns.EDNS0_NSID{Code: dns.EDNS0NSID}))
+	add("subnet", edns(1232, false, &dns.EDNS0_SUBNET{Code: dns.EDNS0SUBNET, Family: 1, SourceNetmask: 24, Address: net.IPv4(192, 0, 2, 0)}))
+	add("padding", edns(1232, false, &dns.EDNS0_PADDING{Padding: make([]byte, 20)}))
+	add("edns version 1", func(m *dns.Msg) { edns(1232, false)(m); m.IsEdns0().SetVersion(1) })
+	add("edns flags", func(m *dns.Msg) { edns(1232, false)(m); m.IsEdns0().Hdr.Ttl |= 0x4001 })
+	add("edns rcode", func(m *dns.Msg) { edns(1232, false)(m); m.IsEdns0().Hdr.Ttl |= 1 << 24 })
+	add("two edns", func(m *dns.Msg) { edns(1232, false)(m); m.Extra = append(m.Extra, m.Extra[0]) })
+	add("record in additional", func(m *dns.Msg) {
+		m.Extra = append(m.Extra, &dns.A{Hdr: dns.RR_Header{Name: "x.", Rrtype: dns.TypeA, Class: 1}, A: net.IPv4zero})
+	})
+	add("record in answer", func(m *dns.Msg) {
+		m.Answer = append(m.Answer, &dns.A{Hdr: dns.RR_Header{Name: "x.", Rrtype: dns.TypeA, Class: 1}, A: net.IPv4zero})
+	})
+	add("record in authority", func(m *dns.Msg) {
+		m.Ns = append(m.Ns, &dns.A{Hdr: dns.RR_Header{Name: "x.", Rrtype: dns.TypeA, Class: 1}, A: net.IPv4zero})
+	})
+	add("response", func(m *dns.Msg) { m.Response = true })
+	for _, o := range []int{dns.OpcodeIQuery, dns.OpcodeStatus, dns.OpcodeNotify, dns.OpcodeUpdate, 3, 15} {
+		add(fmt.Sprintf("opcode %d", o), func(m *dns.Msg) { m.Opcode = o })
+	}
+	for _, c := range []uint16{dns.ClassCHAOS, dns.ClassHESIOD, dns.ClassANY, dns.ClassNONE, 0} {
+		add(fmt.Sprintf("class %d", c), func(m *dns.Msg) { m.Question[0].Qclass = c })
+	}
+	add("two questions", func(m *dns.Msg) { m.Question = append(m.Question, m.Question[0]) })
+	add("no question", func(m *dns.Msg) { m.Question = nil })
+	add("axfr", func(m *dns.Msg) { m.Question[0].Qtype = dns.TypeAXFR })
+	add("ixfr", func(m *dns.Msg) { m.Question[0].Qtype = dns.TypeIXFR })
+	shapes = append(shapes, shape{"tsig", func(q dns.Question) []byte {
+		m := new(dns.Msg)
+		m.Question = []dns.Question{q}
+		m.SetTsig("key.", dns.HmacSHA256, 300, 1700000000)
+		b, _, err := dns.TsigGenerate(m, "c2VjcmV0c2VjcmV0", "", false)
+		if err != nil {
+			panic(err)
+		}
+		return b
+	}})
+	raw("trailing byte", func(b []byte) []byte { return append(b, 0) })
+	raw("trailing bytes", func(b []byte) []byte { return append(b, make([]byte, 100)...) })
+	raw("600 bytes", func(b []byte) []byte { return append(b, make([]byte, 600-len(b))...) })
+	raw("512 bytes", func(b []byte) []byte { return append(b, make([]byte, 512-len(b))...) })
+	raw("cut by one", func(b []byte) []byte { return b[:len(b)-1] })
+	raw("cut in the name", func(b []byte) []byte { return b[:13] })
+	raw("header only", func(b []byte) []byte { return b[:12] })
+	raw("half a header", func(b []byte) []byte { return b[:6] })
+	raw("one byte", func(b []byte) []byte { return b[:1] })
+	raw("empty", func(b []byte) []byte { return b[:0] })
+	raw("name that points to itself", func(b []byte) []byte { return append(b[:12:12], 0xc0, 12, 0, 1, 0, 1) })
+	raw("names that point to each other", func(b []byte) []byte { return append(b[:12:12], 0xc0, 14, 0xc0, 12, 0, 1, 0, 1) })
+	raw("name that points away", func(b []byte) []byte { return append(b[:12:12], 0xc1, 0xff, 0, 1, 0, 1) })
+	raw("label of a reserved kind", set(12, 0x41))
+	raw("label beyond the end", set(12, 63))
+	raw("name of 400 bytes", func(b []byte) []byte {
+		return append(append(b[:12:12], bytes.Repeat([]byte("\x07abcdefg"), 50)...), 0, 0, 1, 0, 1)
+	})
+	raw("additional that is not there", set(11, 1))
+	raw("additionals that are not there", set(10, 0xff, 0xff))
+	raw("answers that are not there", set(6, 0xff, 0xff))
+	for i := range 4 {
+		raw(fmt.Sprintf("garbage %d", i), func([]byte) []byte {
+			r := rand.NewChaCha8([32]byte{byte(i)})
+			b := make([]byte, 20+i*60)
+			r.Read(b)
+			return b
+		})
+	}
+	return shapes
+}()
+
+// An asker sends packets from the pod and gathers the answers by their IDs.
+type asker struct {
+	conn *net.UDPConn
+	id   uint16
+	buf  [4096 * 16]byte
+}
+
+func (n *node) asker(to netip.AddrPort) (*asker, error) {
+	a := new(asker)
+	err := n.Pod.Do(func() (err error) {
+		a.conn, err = net.DialUDP("udp", nil, net.UDPAddrFromAddrPort(to))
+		return err
+	})
+	return a, err
+}
+
+// ask sends queries at once, with IDs of its own, and returns the answers without
+// their IDs. An answer that does not come is nil.
+func (a *asker) ask(patience time.Duration, queries ...[]byte) ([][]byte, error) {
+	first := a.id
+	for _, q := range queries {
+		q = bytes.Clone(q)
+		if len(q) >= 2 {
+			q[0], q[1] = byte(a.id>>8), byte(a.id)
+		}
+		a.id++
+		if _, err := a.conn.Write(q); err != nil {
+			return nil, err
+		}
+	}
+	answers := make([][]byte, len(queries))
+	a.conn.SetReadDeadline(time.Now().Add(patience))
+	for left := len(queries); left > 0; {
+		k, err := a.conn.Read(a.buf[:])
+		if os.IsTimeout(err) {
+			return answers, nil
+		}
+		if err != nil {
+			return nil, err
+		}
+		if k < 2 {
+			return nil, fmt.Errorf("an answer of %d bytes", k)
+		}
+		i := uint16(a.buf[0])<<8 + uint16(a.buf[1]) - first
+		if int(i) < len(answers) && answers[i] == nil {
+			answers[i] = bytes.Clone(a.buf[2:k])
+			left--
+		}
+	}
+	return answers, nil
+}
+
+// fastNode is a node that serves the zone twice: with fastpath on the link-local
+// address and without on the ClusterIP.
+func (n *node) fastCorefile(cache string) string {
+	zone := filepath.Join(n.Dir, "fast.zone")
+	n.must(os.WriteFile(zone, []byte(fastZone()), 0o644))
+	block := func(bind, properties string) string {
+		return ".:53 {\n    bind " + bind + "\n    nodecache {\n        " + properties + "\n    }\n" +
+			"    prometheus 169.254.20.10:9253\n    errors\n    " + cache + "\n    file " + zone + " fast.test\n}\n"
+	}
+	return block("169.254.20.10 fd00:20::10", "fastpath") + block("10.96.0.10 fd00:96::10", "")
+}
+
+// fastNumber returns a number of the metrics at the prometheus plugin's address.
+func (n *node) fastNumber(name string) float64 {
+	n.Helper()
+	page, err := get(n.Node, "http://169.254.20.10:9253/metrics")
+	n.must(err)
+	m := regexp.MustCompile("(?m)^" + name + " (.*)$").FindStringSubmatch(page)
+	if m == nil {
+		n.Fatalf("no metric %s", name)
+	}
+	v, err := strconv.ParseFloat(m[1], 64)
+	n.must(err)
+	return v
+}
+
+// Every answer from a ready answer is byte for byte what the ordinary way gives at that
+// moment: a query with a byte too many is the same to CoreDNS and never gets a ready
+// answer. LAB_FASTPATH_QUERIES is how many queries are compared.
+func TestFastpathAnswersTheSame(t *testing.T) {
+	n := newNode(t, backend{lab.NFT, ""})
+	n.serve(n.fastCorefile("cache 3600"))
+	total := scale(40000)
+	if s := os.Getenv("LAB_FASTPATH_QUERIES"); s != "" {
+		var err error
+		total, err = strconv.Atoi(s)
+		n.must(err)
+	}
+	const together = 10
+	var asked, different atomic.Int64
+	var wg sync.WaitGroup
+	for w := range 8 {
+		to := on(lab.LinkLocal)[0]
+		if w%2 == 1 {
+			to = on(lab.Local6)[0]
+		}
+		wg.Go(func() {
+			a, err := n.asker(to)
+			if err != nil {
+				n.Error(err)
+				return
+			}
+			defer a.conn.Close()
+			r := rand.New(rand.NewPCG(1, uint64(w)))
+			burst := make([][]byte, together)
+			for different.Load() < 10 && int(asked.Load()) < total {
+				q := fastNames[r.IntN(len(fastNames))]
+				s := fastShapes[r.IntN(len(fastShapes))]
+				plain := s.query(q)
+				ordinary := append(bytes.Clone(plain), 0)
+				for i := range burst {
+					burst[i] = plain
+				}
+				// The first makes the cache have it, so that those that follow are hits.
+				var got [4][][]byte
+				for i, qs := range [][][]byte{{plain}, {ordinary}, burst, {ordinary}} {
+					if got[i], err = a.ask(10*time.Second, qs...); err != nil {
+						n.Error(err)
+						return
+					}
+				}
+				before, after := got[1][0], got[3][0]
+				if before == nil || after == nil {
+					n.Errorf("%s %v: no answer the ordinary way", s.name, q)
+					return
+				}
+				for _, b := range got[2] {
+					asked.Add(1)
+					if b == nil || !bytes.Equal(b, before) && !bytes.Equal(b, after) && !between(b, before, after) {
+						different.Add(1)
+						n.Errorf("%s %v:\n\tgot    %x\n\tbefore %x\n\tafter  %x", s.name, q, b, before, after)
+						break
+					}
+				}
+			}
+		})
+	}
+	wg.Wait()
+	hits := n.fastNumber("coredns_nodecache_fastpath_hits_total")
+	n.Logf("%d queries of %d shapes and %d questions compared, %d different; %.0f were ready answers",
+		asked.Load(), len(fastShapes), len(fastNames), different.Load(), hits)
+	if hits < float64(asked.Load())/3 {
+		n.Errorf("only %.0f of %d came from ready answers", hits, asked.Load())
+	}
+}
+
+// between tells whether an answer's TTLs are between those of two others that it equals
+// otherwise: a second and more has passed.
+func between(b, before, after []byte) bool {
+	var m [3]dns.Msg
+	for i, wire := range [][]byte{b, before, after} {
+		if m[i].Unpack(append([]byte{0, 0}, wire...)) != nil {
+			return false
+		}
+	}
+	ttl := func(m *dns.Msg) (t uint32) {
+		for _, section := range [][]dns.RR{m.Answer, m.Ns, m.Extra} {
+			for _, rr := range section {
+				if rr.Header().Rrtype != dns.TypeOPT {
+					t, rr.Header().Ttl = rr.Header().Ttl, 0
+				}
+			}
+		}
+		return t
+	}
+	t, most, least := ttl(&m[0]), ttl(&m[1]), ttl(&m[2])
+	if least > most {
+		most = 3600 // it was prefetched or has expired
+	}
+	return t < most && t > least && m[0].String() == m[1].String()
+}
+
+// What is not of the usual kind goes to CoreDNS as it came, and gets the same answer as
+// where there is no fastpath, or none.
+func TestFastpathHandsOnWhatIsOdd(t *testing.T) {
+	n := newNode(t, backend{lab.NFT, ""})
+	n.serve(n.fastCorefile("cache 3600"))
+	for _, pair := range [][2]netip.Addr{{lab.LinkLocal, lab.ClusterIP}, {lab.Local6, lab.ClusterIP6}} {
+		fast, err := n.asker(on(pair[0])[0])
+		n.must(err)
+		defer fast.conn.Close()
+		plain, err := n.asker(on(pair[1])[0])
+		n.must(err)
+		defer plain.conn.Close()
+		silent := 0
+		for _, s := range oddShapes {
+			for _, q := range []dns.Question{fastNames[0], fastNames[12*15], {Name: "nowhere.fast.test.", Qtype: dns.TypeA, Qclass: 1}} {
+				packet := s.query(q)
+				want, err := plain.ask(200*time.Millisecond, packet)
+				n.must(err)
+				patience := 10 * time.Second
+				if want[0] == nil {
+					patience = 200 * time.Millisecond
+					silent++
+				}
+				got, err := fast.ask(patience, packet)
+				n.must(err)
+				if !bytes.Equal(withoutTTLs(got[0]), withoutTTLs(want[0])) {
+					n.Errorf("%s %v:\n\tsent %x\n\tgot  %x\n\twant %x", s.name, q, packet, got[0], want[0])
+				}
+			}
+		}
+		n.Logf("%d packets, of which %d get no answer", 3*len(oddShapes), silent)
+	}
+	if hits := n.fastNumber("coredns_nodecache_fastpath_hits_total"); hits > 0 {
+		n.Errorf("%.0f were ready answers", hits)
+	}
+}
+
+func withoutTTLs(wire []byte) []byte {
+	var m dns.Msg
+	if wire == nil || m.Unpack(append([]byte{0, 0}, wire...)) != nil {
+		return wire
+	}
+	for _, section := range [][]dns.RR{m.Answer, m.Ns, m.Extra} {
+		for _, rr := range section {
+			if rr.Header().Rrtype != dns.TypeOPT {
+				rr.Header().Ttl = 0
+			}
+		}
+	}
+	b, err := m.Pack()
+	if err != nil {
+		return wire
+	}
+	return append(b, m.String()...)
+}
+
+// Every query counts as it would without.
+func TestFastpathCountsTheSame(t *testing.T) {
+	n := newNode(t, backend{lab.NFT, ""})
+	n.serve(n.fastCorefile("cache 3600"))
+	for _, pair := range [][2]netip.Addr{{lab.LinkLocal, lab.ClusterIP}, {lab.Local6, lab.ClusterIP6}} {
+		for _, addr := range pair {
+			a, err := n.asker(on(addr)[0])
+			n.must(err)
+			defer a.conn.Close()
+			for i, q := range fastNames {
+				if strings.HasPrefix(q.Name, "host0") {
+					continue // it expires on the way
+				}
+				for range 6 {
+					got, err := a.ask(10*time.Second, fastShapes[i%len(fastShapes)].query(q))
+					n.must(err)
+					if got[0] == nil {
+						n.Fatalf("%v: no answer", q)
+					}
+				}
+			}
+		}
+	}
+	if hits := n.fastNumber("coredns_nodecache_fastpath_hits_total"); hits < float64(len(fastNames)) {
+		n.Errorf("only %.0f were ready answers", hits)
+	}
+	page, err := get(n.Node, "http://169.254.20.10:9253/metrics")
+	n.must(err)
+	series := func(addr string) (lines []string) {
+		for _, l := range strings.Split(page, "\n") {
+			if strings.Contains(l, `server="dns://`+addr+`:53"`) && !strings.HasPrefix(l, "#") && !strings.Contains(l, "duration_seconds_bucket") &&
+				!strings.Contains(l, "duration_seconds_sum") && !strings.Contains(l, "plugin_enabled") {
+				lines = append(lines, strings.ReplaceAll(l, addr, "ADDR"))
+			}
+		}
+		return lines
+	}
+	for _, pair := range [][2]string{{"169.254.20.10", "10.96.0.10"}, {"[fd00:20::10]", "[fd00:96::10]"}} {
+		got, want := series(pair[0]), series(pair[1])
+		if len(want) < 50 {
+			n.Errorf("only %d series of %s", len(want), pair[1])
+		}
+		n.same("the metrics of "+pair[0], strings.Join(want, "\n"), strings.Join(got, "\n"))
+	}
+}
+
+// A name that is asked for again and again is prefetched before its TTL is over.
+func TestFastpathPrefetches(t *testing.T) {
+	n := newNode(t, backend{lab.NFT, ""})
+	n.serve(strings.ReplaceAll(n.fastCorefile("cache 3600 {\n prefetch 5 10s 30%\n }"), "errors\n", "errors\n"))
+	a, err := n.asker(on(lab.LinkLocal)[0])
+	n.must(err)
+	defer a.conn.Close()
+	q := message(dns.Question{Name: "host1.fast.test.", Qtype: dns.TypeA, Qclass: 1}, func(*dns.Msg) {}) // TTL 11 s
+	prefetches := `coredns_cache_prefetch_total{server="dns://169.254.20.10:53",view="",zones="."}`
+	misses := `coredns_cache_misses_total{server="dns://169.254.20.10:53",view="",zones="."}`
+	lowest := uint32(1 << 31)
+	for begun := time.Now(); time.Since(begun) < 26*time.Second; time.Sleep(5 * time.Millisecond) {
+		got, err := a.ask(10*time.Second, q)
+		n.must(err)
+		var m dns.Msg
+		n.must(m.Unpack(append([]byte{0, 0}, got[0]...)))
+		lowest = min(lowest, m.Answer[0].Header().Ttl)
+	}
+	page, err := get(n.Node, "http://169.254.20.10:9253/metrics")
+	n.must(err)
+	value := func(series string) string {
+		_, rest, _ := strings.Cut(page, "\n"+series+" ")
+		v, _, _ := strings.Cut(rest, "\n")
+		return v
+	}
+	n.Logf("%s prefetches, %s misses, lowest TTL %d, %.0f ready answers", value(prefetches), value(misses), lowest,
+		n.fastNumber("coredns_nodecache_fastpath_hits_total"))
+	if p, _ := strconv.Atoi(value(prefetches)); p < 2 {
+		n.Errorf("%s prefetches in 26 s, want at least 2", value(prefetches))
+	}
+	if value(misses) != "1" {
+		n.Errorf("%s misses, want 1, the first", value(misses))
+	}
+	if hits := n.fastNumber("coredns_nodecache_fastpath_hits_total"); hits < 500 {
+		n.Errorf("only %.0f were ready answers", hits)
+	}
+}
+
+// Reloads that turn fastpath on and off, with another answer each time: no query is
+// lost, and none gets an answer of a configuration that is no longer in force.
+func TestFastpathReloads(t *testing.T) {
+	forBackends(t, func(n *node) {
+		corefile := func(i int) string {
+			properties := []string{"fastpath"}
+			if i%3 == 1 {
+				properties = nil
+			}
+			zone := fmt.Sprintf("    template IN A answer.test {\n        answer \"{{ .Name }} 3600 IN A 192.0.2.%d\"\n    }\n", i)
+			return strings.Replace(n.block(".:53", allAddrs, properties...), "    errors\n", "    errors\n"+zone, 1)
+		}
+		p := n.serve(corefile(0))
+		loads := n.start(n.everywhere(scale(2000), addrs...)...)
+		n.sent(loads, 1)
+		q := message(dns.Question{Name: "x.answer.test.", Qtype: dns.TypeA, Qclass: 1}, func(*dns.Msg) {})
+		for i := range max(scale(12), 7) {
+			if i > 0 {
+				if i%4 == 2 { // one that fails changes nothing
+					if err := p.Reload(corefile(200+i) + plainBlock("taken.:5300", "203.0.113.1")); err == nil {
+						n.Fatal("the reload succeeded")
+					}
+					n.answer(q, fmt.Sprintf("192.0.2.%d", i-1))
+				}
+				p.reload(corefile(i))
+			}
+			n.answer(q, fmt.Sprintf("192.0.2.%d", i))
+			n.sent(loads, 1)
+		}
+		n.stop(loads)
+		p.exit(syscall.SIGTERM)
+	})
+}
+
+// answer checks that a query has one answer on every address, asked 20 times from
+// each of several ports.
+func (n *node) answer(q []byte, want string) {
+	n.Helper()
+	for _, to := range on(addrs...) {
+		for range 4 {
+			a, err := n.asker(to)
+			n.must(err)
+			burst := make([][]byte, 20)
+			for i := range burst {
+				burst[i] = q
+			}
+			got, err := a.ask(10*time.Second, burst...)
+			a.conn.Close()
+			n.must(err)
+			for _, b := range got {
+				var m dns.Msg
+				if b == nil || m.Unpack(append([]byte{0, 0}, b...)) != nil || len(m.Answer) != 1 {
+					n.Fatalf("%v: got %x", to, b)
+				}
+				if ip := m.Answer[0].(*dns.A).A.String(); ip != want {
+					n.Fatalf("%v: the answer is %s, want %s", to, ip, want)
+				}
+			}
+		}
+	}
+}
