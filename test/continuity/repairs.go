@@ -26,8 +26,8 @@ func repairs(tries int, of []subject) error {
 	rows := map[string]string{}
 	var wait sync.WaitGroup
 	for _, s := range of {
-		if s.firewall == "" {
-			continue // nobody repairs there
+		if s.firewall == "" || s.fastpath {
+			continue // nobody repairs there, or nothing else
 		}
 		wait.Go(func() {
 			for _, e := range events {
@@ -61,7 +61,7 @@ func repeatedly(e event, of subject, tries int) (row string, err error) {
 	}
 	s := &site{Lab: l, subject: of}
 	defer func() { err = errors.Join(err, s.close()) }()
-	if err := s.start("nodecache {\n        firewall " + of.firewall + "\n        sync " + syncEvery.String() + "\n    }"); err != nil {
+	if err := s.start("nodecache {\n        firewall " + of.firewall + of.option() + "\n        sync " + syncEvery.String() + "\n    }"); err != nil {
 		return "", err
 	}
 	kind := "dummy"
@@ -125,8 +125,8 @@ func rules(of []subject) error {
 	fmt.Println("|--:|---|--:|--:|--:|--:|")
 	for _, count := range []int{1, 50, 500} {
 		for _, s := range of {
-			if s.firewall == "" {
-				continue
+			if s.firewall == "" || s.fastpath {
+				continue // no other rules
 			}
 			row, err := manyAddresses(count, s, rounds)
 			if err != nil {

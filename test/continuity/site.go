@@ -38,9 +38,17 @@ func (s *site) corefile(directive ...string) string {
 	}
 	lines := append([]string{"bind " + strings.Join(bind, " "), "errors", "cache 30", "forward . " + lab.DNSAddr.String()}, directive...)
 	if s.firewall != "" && len(directive) == 0 {
-		lines = append(lines, "nodecache {\n        firewall "+s.firewall+"\n    }")
+		lines = append(lines, "nodecache {\n        firewall "+s.firewall+s.option()+"\n    }")
 	}
 	return ".:53 {\n    " + strings.Join(lines, "\n    ") + "\n}\n"
+}
+
+// option is the line of the option fastpath, where the subject has it.
+func (s subject) option() string {
+	if s.fastpath {
+		return "\n        fastpath"
+	}
+	return ""
 }
 
 // start starts one more process, and waits until it serves. directive may be given in
