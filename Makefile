@@ -102,6 +102,10 @@ dashboard-picture: deps coredns ## Draw docs/dashboard.svg from real data (needs
 	go run ./test/picture >docs/dashboard.svg.new
 	mv docs/dashboard.svg.new docs/dashboard.svg
 
+.PHONY: bench
+bench: coredns ## Measure what an answer costs, beside plain CoreDNS and the C caches that are installed (needs root).
+	go run ./test/bench
+
 .PHONY: lint
 lint: ## Run go vet, staticcheck, gofmt and shellcheck.
 	go vet ./...

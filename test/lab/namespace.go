@@ -3,6 +3,7 @@ package lab
 import (
 	"errors"
 	"fmt"
+	"os"
 	"os/exec"
 	"runtime"
 	"strings"
@@ -18,6 +19,18 @@ type Namespace struct {
 	name   string
 	handle netns.NsHandle
 	env    []string
+}
+
+// NewNamespace makes a namespace with nothing but its loopback device, which is up.
+func NewNamespace(name string) (*Namespace, error) {
+	n, err := newNamespace(name, os.Environ())
+	if err != nil {
+		return nil, err
+	}
+	if err := n.Do(func() error { return setUp("lo") }); err != nil {
+		return nil, errors.Join(err, n.close())
+	}
+	return n, nil
 }
 
 func newNamespace(name string, env []string) (*Namespace, error) {

@@ -1,0 +1,89 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"strconv"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// A layout is which CPU does what.
+type layout struct {
+	count int
+	load  int   // the CPU of the load
+	free  []int // the others, the best for a server first
+	spare bool  // there are enough for a server on two
+}
+
+// layOut pins this process, and with it the load, to one CPU.
+func layOut() (l layout, err error) {
+	var set unix.CPUSet
+	if err := unix.SchedGetaffinity(0, &set); err != nil {
+		return l, fmt.Errorf("asking for the CPUs: %w", err)
+	}
+	var cpus []int
+	for i := range len(set) * 64 {
+		if set.IsSet(i) {
+			cpus = append(cpus, i)
+		}
+	}
+	if len(cpus) < 2 {
+		return l, errors.New("one CPU for the server and one for the load are needed, and this process has only one")
+	}
+	l.count = len(cpus)
+	// The first one has interrupts to serve more often than others.
+	l.load = cpus[0]
+	for i := len(cpus) - 1; i > 0; i-- {
+		l.free = append(l.free, cpus[i])
+	}
+	l.spare = len(l.free) >= 2
+	// Threads that are started later inherit it.
+	tasks, err := os.ReadDir("/proc/self/task")
+	if err != nil {
+		return l, err
+	}
+	for _, t := range tasks {
+		tid, err := strconv.Atoi(t.Name())
+		if err != nil {
+			return l, err
+		}
+		if err := pin(tid, []int{l.load}); err != nil && !errors.Is(err, unix.ESRCH) {
+			return l, err
+		}
+	}
+	return l, nil
+}
+
+// server returns the CPUs of a server that has so many.
+func (l layout) server(n int) []int {
+	if n > len(l.free) {
+		return append([]int{l.load}, l.free...)
+	}
+	return l.free[:n]
+}
+
+// pin keeps a thread, 0 for this one, and what it starts on these CPUs.
+func pin(tid int, cpus []int) error {
+	var set unix.CPUSet
+	for _, c := range cpus {
+		set.Set(c)
+	}
+	if err := unix.SchedSetaffinity(tid, &set); err != nil {
+		return fmt.Errorf("pinning a thread to the CPUs %v: %w", cpus, err)
+	}
+	return nil
+}
+
+// cpuTime returns the CPU time that all threads of a process have had, to the
+// nanosecond. The clock is that of clock_getcpuclockid(3).
+func cpuTime(pid int) (time.Duration, error) {
+	const sched = 2 // CPUCLOCK_SCHED
+	var t unix.Timespec
+	if err := unix.ClockGettime(int32(^pid<<3|sched), &t); err != nil {
+		return 0, fmt.Errorf("reading the server's CPU time: %w", err)
+	}
+	return time.Duration(t.Nano()), nil
+}
