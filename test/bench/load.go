@@ -70,6 +70,7 @@ type load struct {
 	lost    int
 	sent    int
 	got     int
+	late    int
 	events  [ports]unix.EpollEvent
 	send    packets
 	recv    packets
@@ -213,7 +214,8 @@ func (l *load) answers(each func(s *socket, latency time.Duration) error, finish
 			id := binary.BigEndian.Uint16(a)
 			slot := &s.slots[id%slots]
 			if slot.id != id {
-				continue // late: counted as lost
+				l.late++ // counted as lost
+				continue
 			}
 			if !slot.out {
 				return fmt.Errorf("%w: a second one to the same query", errWrong)
@@ -306,7 +308,7 @@ func (l *load) fill() error {
 func (l *load) run(rate int, length time.Duration, pid int) (p point, err error) {
 	// Its pauses would be taken for the server's.
 	defer debug.SetGCPercent(debug.SetGCPercent(-1))
-	l.lost, l.sent, l.got = 0, 0, 0
+	l.lost, l.sent, l.got, l.late = 0, 0, 0, 0
 	p.rate = rate
 	p.latencies = make([]time.Duration, 0, 2*rate*int(length/time.Second+1))
 	datagrams, err := datagramsSent()
@@ -407,7 +409,7 @@ func (l *load) run(rate int, length time.Duration, pid int) (p point, err error)
 		return p, err
 	}
 	// A query that goes further is two datagrams more.
-	p.missed = max(0, (int(after-datagrams)-l.sent-l.got)/2)
+	p.missed = max(0, (int(after-datagrams)-l.sent-l.got-l.late)/2)
 	slices.Sort(p.latencies)
 	return p, nil
 }
