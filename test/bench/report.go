@@ -193,7 +193,7 @@ func (t *table) doubts() string {
 		what string
 		of   []string
 	}{
-		{"Did not have its CPU all of the time, so that it could answer more", idle},
+		{"Was not busy all of the time, as other processes had a CPU or the load was too slow, so that it could answer more", idle},
 		{"Was not asked, or did not answer, as often as wanted", slow},
 		{"Did not answer all from its cache", missed},
 	} {
