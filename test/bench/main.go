@@ -125,6 +125,9 @@ func choose(cpus layout) (chosen []*subject, missing []string, err error) {
 			continue
 		}
 		if s.cpus > 1 && !cpus.spare && !*shared {
+			if asked != nil {
+				return nil, nil, fmt.Errorf("%s takes %d CPUs, and one more for the load; -shared measures it with fewer", s.name, s.cpus)
+			}
 			continue
 		}
 		if s.path = *coredns; s.program != "" {
