@@ -31,11 +31,12 @@ const SlowFor = 1500 * time.Millisecond
 // A Load is queries: where from, where to, how many, how fast. A query is sent once,
 // and its answer is awaited before the same socket sends the next one.
 type Load struct {
-	From    *Namespace
+	From    *Namespace       // nil: where this process is
 	Proto   string           // "udp" or "tcp"
 	To      []netip.AddrPort // one query each, in turn
 	Names   Names
 	Tag     string        // makes the names those of this load only
+	Zone    string        // what the names end in; empty: lab.
 	Count   int           // how many in all
 	Rate    int           // how many a second; 0: as fast as they are answered
 	Workers int           // how many at a time; 0: 4
@@ -56,7 +57,7 @@ type Result struct {
 
 	Gap       time.Duration // the longest time without an answer
 	latencies []time.Duration
-	errs      []string // the first few of what went wrong
+	Errors    []string // the first few of what went wrong
 }
 
 // Latency is the time in which a share of the answers came, 0.5 for the median.
@@ -73,7 +74,7 @@ func (r *Result) String() string {
 		"median %v, 99 %% within %v, at most %v; longest gap %v", r.Sent, r.Answered, r.FromCluster, r.Lost,
 		r.Refused, r.Wrong, r.Retried, r.Latency(.5).Round(time.Microsecond), r.Latency(.99).Round(time.Microsecond),
 		r.Latency(1).Round(time.Microsecond), r.Gap.Round(time.Millisecond))
-	return strings.Join(append([]string{s}, r.errs...), "\n\t")
+	return strings.Join(append([]string{s}, r.Errors...), "\n\t")
 }
 
 // AllAnswered says whether every query was answered, and by the cache or by the
@@ -95,8 +96,8 @@ func (r *Result) add(o *Result) {
 	r.Retried += o.Retried
 	r.FromCluster += o.FromCluster
 	r.latencies = append(r.latencies, o.latencies...)
-	r.errs = append(r.errs, o.errs...)
-	r.errs = r.errs[:min(len(r.errs), 10)]
+	r.Errors = append(r.Errors, o.Errors...)
+	r.Errors = r.Errors[:min(len(r.Errors), 10)]
 }
 
 // Run runs the load to its end.
@@ -134,6 +135,9 @@ func (l Load) Start() (*Running, error) {
 	}
 	if l.Timeout == 0 {
 		l.Timeout = 5 * time.Second
+	}
+	if l.Zone == "" {
+		l.Zone = "lab."
 	}
 	r := &Running{load: l, stop: make(chan struct{}), begun: time.Now()}
 	for range l.Workers {
@@ -240,8 +244,8 @@ func (w *worker) run() error {
 				what = &w.result.Wrong
 			}
 			*what++
-			if len(w.result.errs) < 3 {
-				w.result.errs = append(w.result.errs, fmt.Sprintf("query %d to %v over %s, %v after the start: %v",
+			if len(w.result.Errors) < 3 {
+				w.result.Errors = append(w.result.Errors, fmt.Sprintf("query %d to %v over %s, %v after the start: %v",
 					n, l.To[n%len(l.To)], l.Proto, time.Since(w.running.begun).Round(time.Millisecond), err))
 			}
 		}
@@ -257,11 +261,11 @@ func (w *worker) pack(n int) ([]byte, error) {
 	var name string
 	switch l.Names {
 	case Hits:
-		name = fmt.Sprintf("hit-%d%s.lab.", n%16, l.Tag)
+		name = fmt.Sprintf("hit-%d%s.%s", n%16, l.Tag, l.Zone)
 	case Misses:
-		name = fmt.Sprintf("miss-%d%s.lab.", n, l.Tag)
+		name = fmt.Sprintf("miss-%d%s.%s", n, l.Tag, l.Zone)
 	case Slow:
-		name = fmt.Sprintf("slow-%v-%d%s.lab.", SlowFor, n, l.Tag)
+		name = fmt.Sprintf("slow-%v-%d%s.%s", SlowFor, n, l.Tag, l.Zone)
 	}
 	q := append(w.query[:0], 0, 0, byte(w.id>>8), byte(w.id), 1, 0, 0, 1, 0, 0, 0, 0, 0, 0)
 	end, err := dns.PackDomainName(name, w.query[:], len(q), nil, false)

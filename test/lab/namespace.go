@@ -46,8 +46,12 @@ func newNamespace(name string, env []string) (*Namespace, error) {
 }
 
 // Do runs fn on a thread in the namespace and returns its error. Sockets that fn
-// opens and processes that it starts stay in the namespace.
+// opens and processes that it starts stay in the namespace. No namespace is the one that
+// this process is in.
 func (n *Namespace) Do(fn func() error) error {
+	if n == nil {
+		return fn()
+	}
 	return onThread(func() error {
 		if err := netns.Set(n.handle); err != nil {
 			return fmt.Errorf("entering the namespace of %s: %w", n.name, err)
