@@ -68,6 +68,31 @@ test-kernel: coredns ## Run the tests on Debian's kernel, which has the dummy dr
 	cd test && IN_KERNEL_TIMEOUT=$(KERNEL_TIMEOUT) IN_KERNEL_ENV=LAB_SCALE LAB_SCALE=0.02 ./in-kernel \
 		../build/e2e.test -test.v -test.timeout 0 -test.run '$(E2E_RUN)'
 
+# Where test-cluster keeps what it has fetched and built.
+CLUSTER := build/cluster
+KUBE_VERSION = $(shell sed -n 's|.*k8s.io/kubernetes v\([0-9]\)|v\1|p' test/cluster/kube/go.mod)
+# With kube-proxy in this mode; by default in each: iptables, nftables.
+MODE ?=
+
+.PHONY: test-cluster
+test-cluster: deps image-root $(CLUSTER)/bin/kube $(CLUSTER)/root ## Apply the manifests to a Kubernetes of one node on this machine, and count lost queries (needs root).
+	go build -tags '$(TAGS),full' -ldflags '$(LDFLAGS)' -o $(CLUSTER)/bin/coredns ./cmd/coredns
+	go build -ldflags '-s -w' -o $(CLUSTER)/bin/ask ./test/cluster/ask
+	CLUSTER_KIT=$(CURDIR)/$(CLUSTER) go test -count=1 -timeout 60m -v -run '/$(MODE)' ./test/cluster
+
+# All of Kubernetes in one binary, which takes minutes: only when its source is newer.
+$(CLUSTER)/bin/kube: $(wildcard test/cluster/kube/*)
+	cd test/cluster/kube && go build -o $(CURDIR)/$@ -ldflags '-s -w $(foreach package,component-base/version client-go/pkg/version, \
+		-X k8s.io/$(package).gitVersion=$(KUBE_VERSION) -X k8s.io/$(package).gitMajor=$(word 1,$(subst ., ,$(KUBE_VERSION:v%=%))) \
+		-X k8s.io/$(package).gitMinor=$(word 2,$(subst ., ,$(KUBE_VERSION))))' .
+
+# Debian's packages, which are not installed.
+$(CLUSTER)/root: test/cluster/packages
+	test/cluster/packages $@.new
+	rm -rf $@
+	mv $@.new $@
+	touch $@
+
 .PHONY: demo
 demo: deps coredns ## Show the cache at work in network namespaces of this machine (needs root).
 	go run ./test/demo
