@@ -233,8 +233,9 @@ const gatherFor = 400 * time.Microsecond
 // yieldEvery is how often a worker lets Go's scheduler see that it is alive. A
 // goroutine that has not been scheduled for 10 ms loses its P in its next system call
 // (retake in Go 1.26's runtime/proc.go), and to take and to get it back costs more
-// than to answer.
-const yieldEvery = 2 * time.Millisecond
+// than to answer. To yield wakes another thread each time, so it is done no more often
+// than it has to be.
+const yieldEvery = 8 * time.Millisecond
 
 // A pace says how to wait for packets. To be woken costs a thread several times what
 // a hit does, so that at moderate rates it is all that counts: where packets come so
@@ -247,7 +248,7 @@ type pace struct {
 }
 
 // gathers tells whether to sleep before the next look.
-func (p *pace) gathers() bool { return p.gap < int64(gatherFor)*5/8 }
+func (p *pace) gathers() bool { return p.gap < int64(gatherFor) }
 
 // note learns from n packets that were received at now.
 func (p *pace) note(n int, now int64) {

@@ -20,6 +20,7 @@ import (
 
 func init() {
 	plugin.Register(directiveName, setup)
+	growStacks()
 	// The one place that every way out passes (SIGTERM, SIGINT, SIGQUIT).
 	caddy.OnProcessExit = append(caddy.OnProcessExit, func() { theNode.exit() })
 	// Called for each Corefile that is read, with the directive in it or without.
