@@ -366,16 +366,19 @@ func TestAnswerTableBoundsBytes(t *testing.T) {
 	}
 }
 
-func hits(t testing.TB) float64 {
+func hits(t testing.TB) float64 { return counted(t, "coredns_nodecache_fastpath_hits_total") }
+
+// counted is the value of a counter without labels.
+func counted(t testing.TB, name string) float64 {
 	t.Helper()
 	families, err := prometheus.DefaultGatherer.Gather()
 	must(t, err)
 	for _, f := range families {
-		if f.GetName() == "coredns_nodecache_fastpath_hits_total" {
+		if f.GetName() == name {
 			return f.GetMetric()[0].GetCounter().GetValue()
 		}
 	}
-	t.Fatal("no counter of hits")
+	t.Fatalf("no counter %s", name)
 	return 0
 }
 

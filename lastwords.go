@@ -2,11 +2,14 @@ package nodecache
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net"
 	"os"
 	"strings"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // Nobody scrapes a process that has just ended. So an exit tells the processes that
@@ -36,20 +39,51 @@ func hearLastWords(id string) (*net.UnixConn, error) {
 	if err != nil {
 		return nil, fmt.Errorf("listening on the unix socket %s%s: %w", lastWordsPrefix, id, err)
 	}
+	if err := passCredentials(c); err != nil {
+		c.Close()
+		return nil, fmt.Errorf("asking for the senders of the unix socket %s%s: %w", lastWordsPrefix, id, err)
+	}
 	go func() {
-		b := make([]byte, 1024)
+		b, control := make([]byte, 1024), make([]byte, unix.CmsgSpace(unix.SizeofUcred))
 		for {
-			n, err := c.Read(b)
+			n, nc, _, _, err := c.ReadMsgUnix(b, control)
 			if err != nil {
 				return
 			}
 			var w lastWords
-			if json.Unmarshal(b[:n], &w) == nil && w.Seconds >= 0 && w.GivenUp >= 0 {
+			if trustSender(control[:nc]) && json.Unmarshal(b[:n], &w) == nil && w.Seconds >= 0 && w.GivenUp >= 0 {
 				w.count()
 			}
 		}
 	}()
 	return c, nil
+}
+
+// passCredentials has the kernel say with each datagram who has sent it.
+func passCredentials(c *net.UnixConn) error {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var failed error
+	err = raw.Control(func(fd uintptr) {
+		failed = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_PASSCRED, 1)
+	})
+	return errors.Join(err, failed)
+}
+
+// trustSender tells whether a datagram is of a user that is trusted, as a member's is.
+func trustSender(control []byte) bool {
+	messages, err := unix.ParseSocketControlMessage(control)
+	if err != nil {
+		return false
+	}
+	for _, m := range messages {
+		if cred, err := unix.ParseUnixCredentials(&m); err == nil {
+			return trusted(cred.Uid)
+		}
+	}
+	return false
 }
 
 // tell counts w, and has the other processes on the node count it. Nothing depends
@@ -60,22 +94,26 @@ func (w lastWords) tell(id string) {
 	if err != nil {
 		return
 	}
+	for line := range strings.Lines(string(list)) {
+		f := strings.Fields(line)
+		name := f[len(f)-1]
+		if strings.HasPrefix(name, lastWordsPrefix) && name != lastWordsPrefix+id {
+			w.send(name)
+		}
+	}
+}
+
+// send sends w to the socket of a process.
+func (w lastWords) send(name string) {
 	b, err := json.Marshal(w)
 	if err != nil {
 		return
 	}
-	for line := range strings.Lines(string(list)) {
-		f := strings.Fields(line)
-		name := f[len(f)-1]
-		if !strings.HasPrefix(name, lastWordsPrefix) || name == lastWordsPrefix+id {
-			continue
-		}
-		c, err := net.DialUnix("unixgram", nil, &net.UnixAddr{Net: "unixgram", Name: name})
-		if err != nil {
-			continue
-		}
-		c.SetDeadline(time.Now().Add(drainPoll))
-		c.Write(b)
-		c.Close()
+	c, err := net.DialUnix("unixgram", nil, &net.UnixAddr{Net: "unixgram", Name: name})
+	if err != nil {
+		return
 	}
+	defer c.Close()
+	c.SetDeadline(time.Now().Add(drainPoll))
+	c.Write(b)
 }

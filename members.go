@@ -21,6 +21,9 @@ import (
 // through a unix socket in the abstract namespace. Such a name belongs to the
 // network namespace, as do the link and the rules, and is gone when the process
 // is, however it died; so there is no file and no mount that they have to share.
+//
+// Any process of the network namespace can take such a name. What one shows comes to
+// stand in the firewall, so only those of this process's own user and of root count.
 const (
 	memberPrefix = "@nodecache/member/"
 	lockName     = "@nodecache/lock"
@@ -155,6 +158,7 @@ func (m *member) ask() (others, error) {
 		return o, fmt.Errorf("looking for other processes that serve here: %w", err)
 	}
 	seen := map[string]bool{m.name: true}
+	strangers := map[uint32]int{} // by user
 	for line := range strings.Lines(string(list)) {
 		f := strings.Fields(line)
 		name := f[len(f)-1]
@@ -165,6 +169,11 @@ func (m *member) ask() (others, error) {
 		p, err := askOne(name)
 		if errors.Is(err, unix.ECONNREFUSED) {
 			continue // gone since
+		}
+		var s strangerError
+		if errors.As(err, &s) {
+			strangers[uint32(s)]++
+			continue
 		}
 		if err != nil {
 			log.Warningf("asking another nodecache process what it needs: %v; nothing is taken away until it answers or ends", err)
@@ -185,8 +194,42 @@ func (m *member) ask() (others, error) {
 			o.states[processIdle]++
 		}
 	}
+	for user, n := range strangers {
+		log.Warningf("what %d processes of the user %d want here is ignored: if they are caches of yours, run them as the user %d", n, user, os.Geteuid())
+	}
 	return o, nil
 }
+
+// strangerError is that another user's process has a socket of ours. Its value is the user.
+type strangerError uint32
+
+func (e strangerError) Error() string { return fmt.Sprintf("the user %d holds the socket", uint32(e)) }
+
+// trust returns a strangerError unless the listener that c is connected to is of this
+// process's user or of root.
+func trust(c net.Conn) error {
+	raw, err := c.(*net.UnixConn).SyscallConn()
+	if err != nil {
+		return err
+	}
+	var cred *unix.Ucred
+	var failed error
+	if err := raw.Control(func(fd uintptr) {
+		cred, failed = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
+	}); err != nil {
+		return err
+	}
+	if failed != nil {
+		return fmt.Errorf("asking whose the socket is: %w", failed)
+	}
+	if !trusted(cred.Uid) {
+		return strangerError(cred.Uid)
+	}
+	return nil
+}
+
+// trusted tells whether what a user's processes say counts.
+func trusted(user uint32) bool { return user == 0 || int(user) == os.Geteuid() }
 
 func askOne(name string) (p presence, err error) {
 	c, err := net.DialTimeout("unix", name, askLimit)
@@ -194,6 +237,9 @@ func askOne(name string) (p presence, err error) {
 		return p, err
 	}
 	defer c.Close()
+	if err := trust(c); err != nil {
+		return p, err
+	}
 	c.SetDeadline(time.Now().Add(askLimit))
 	return p, json.NewDecoder(c).Decode(&p)
 }
@@ -202,6 +248,7 @@ func askOne(name string) (p presence, err error) {
 // returns what ends this process's turn. The kernel ends that of one that dies.
 func turn() (end func(), err error) {
 	deadline := time.Now().Add(turnLimit)
+	looked := false
 	for {
 		l, err := net.Listen("unix", lockName)
 		if err == nil {
@@ -210,6 +257,13 @@ func turn() (end func(), err error) {
 		if !errors.Is(err, unix.EADDRINUSE) {
 			return nil, fmt.Errorf("listening on the unix socket %s: %w", lockName, err)
 		}
+		if !looked {
+			looked = true
+			if user, ok := heldByStranger(); ok {
+				log.Warningf("a process of the user %d holds the unix socket %s; going on without it", user, lockName)
+				return func() {}, nil
+			}
+		}
 		if time.Now().After(deadline) {
 			// Better to go on than to leave the node without its cache.
 			log.Warningf("another nodecache process has been changing the node for %s; going on without waiting for it", turnLimit)
@@ -217,4 +271,16 @@ func turn() (end func(), err error) {
 		}
 		time.Sleep(turnPoll)
 	}
+}
+
+// heldByStranger tells whether another user's process keeps everybody from their turns.
+func heldByStranger() (user uint32, ok bool) {
+	c, err := net.DialTimeout("unix", lockName, askLimit)
+	if err != nil {
+		return 0, false // released since
+	}
+	defer c.Close()
+	var s strangerError
+	ok = errors.As(trust(c), &s)
+	return uint32(s), ok
 }

@@ -1,11 +1,15 @@
 package nodecache
 
 import (
+	"fmt"
 	"net"
 	"net/netip"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 // newTwin returns another process's part, as newTestNode.
@@ -235,4 +239,106 @@ func TestTurnsDoNotOverlap(t *testing.T) {
 	end, err = turn()
 	must(t, err)
 	end()
+}
+
+// as does something as a user.
+func as(t *testing.T, user int, do func()) {
+	t.Helper()
+	needRoot(t)
+	// The user is this thread's alone. The saved one stays root, for the way back.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	become := func(user int) {
+		if _, _, errno := unix.RawSyscall(unix.SYS_SETRESUID, uintptr(user), uintptr(user), ^uintptr(0)); errno != 0 {
+			panic(errno) // the thread must not be used with the wrong user
+		}
+	}
+	become(user)
+	defer become(0)
+	do()
+}
+
+// listenAs listens on a unix socket as a user's process, and shows there that it wants rules.
+func listenAs(t *testing.T, user int, name string) {
+	t.Helper()
+	var l net.Listener
+	as(t, user, func() {
+		var err error
+		l, err = net.Listen("unix", name)
+		must(t, err)
+	})
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			c.Write([]byte(`{"links":{"` + testLink + `":["10.9.9.9"]},"rules":[{"addr":"10.9.9.9","proto":"tcp","port":22}],"serves":[{"addr":"10.9.9.9","proto":"tcp","port":22}]}`))
+			c.Close()
+		}
+	}()
+	t.Cleanup(func() { l.Close() })
+}
+
+// A process of another user can't have rules written for what it likes, or keep
+// anything from being taken away.
+func TestOtherUsersAreIgnored(t *testing.T) {
+	a, fw := newTestNode(t)
+	listenAs(t, 65534, memberPrefix+"stranger")
+	o, err := a.member.ask()
+	must(t, err)
+	if o.unknown || !o.wants.empty() || len(o.serves) > 0 || len(o.states) > 0 {
+		t.Errorf("of another user's process it takes %+v", o)
+	}
+	up(t, a, demand(t, "", "", "169.254.20.10"))
+	if rules, _ := fw.stand(); list(rules) != dnsOf("169.254.20.10") {
+		t.Errorf("rules stand for %v", rules)
+	}
+	a.exit()
+	if rules, _ := fw.stand(); len(rules) != 0 || carried(t, testLink) != nil {
+		t.Errorf("left are rules for %v, and %v on the link", rules, carried(t, testLink))
+	}
+}
+
+func TestRootsProcessIsAsked(t *testing.T) {
+	a, _ := newTestNode(t)
+	listenAs(t, 0, memberPrefix+"twin")
+	o, err := a.member.ask()
+	must(t, err)
+	if o.wants.empty() || o.states[processServing] != 1 {
+		t.Errorf("of root's process it takes %+v", o)
+	}
+}
+
+func TestOtherUsersDoNotHoldTheTurn(t *testing.T) {
+	for user, ignored := range map[int]bool{65534: true, 0: false} {
+		t.Run(fmt.Sprint(user), func(t *testing.T) {
+			listenAs(t, user, lockName)
+			if who, ok := heldByStranger(); ok != ignored || ok && int(who) != user {
+				t.Errorf("held by another user's process: %v, by %d", ok, who)
+			}
+			if !ignored {
+				return // it would take its turn to the end
+			}
+			end, err := turn()
+			must(t, err)
+			end()
+		})
+	}
+}
+
+// Only what root says, or this process's own user, is counted.
+func TestLastWordsOfOtherUsersAreIgnored(t *testing.T) {
+	needRoot(t)
+	c, err := hearLastWords("listener")
+	must(t, err)
+	defer c.Close()
+	const givenUp = "coredns_nodecache_drain_queries_given_up_total"
+	before := counted(t, givenUp)
+	as(t, 65534, func() { lastWords{GivenUp: 1000}.send(lastWordsPrefix + "listener") })
+	as(t, 0, func() { lastWords{GivenUp: 1}.send(lastWordsPrefix + "listener") })
+	eventually(t, "root's are counted", func() bool { return counted(t, givenUp) != before })
+	if got := counted(t, givenUp) - before; got != 1 {
+		t.Errorf("counted %v queries, want 1", got)
+	}
 }
