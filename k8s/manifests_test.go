@@ -5,6 +5,7 @@ package k8s
 import (
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -31,7 +32,12 @@ type variant struct {
 	pod      bool // on a pod's network
 }
 
-const image = "contentful-labs/coredns-nodecache:v0.1.0"
+// image is the one that all manifests take: of the release and of the CoreDNS that go.mod names.
+const (
+	release = "v0.1.0"
+	tag     = release + "-coredns1.15.0"
+	image   = "contentful-labs/coredns-nodecache:" + tag
+)
 
 var (
 	usual  = variant{image, "auto", []corev1.Capability{"NET_ADMIN", "NET_BIND_SERVICE", "NET_RAW"}, true, "169.254.20.10 {$KUBE_DNS_SERVICE_HOST}", false}
@@ -165,6 +171,43 @@ func folders(t *testing.T, dir string) (names []string) {
 	return names
 }
 
+// The images that the manifests take are those that make image builds of the release, and the
+// README's command has the same tag.
+func TestImagesAreThoseOfMake(t *testing.T) {
+	cmd := exec.Command("make", "--no-print-directory", "-n", "image", "VERSION="+release)
+	cmd.Dir = ".."
+	cmd.Env = slices.DeleteFunc(os.Environ(), func(v string) bool {
+		return strings.HasPrefix(v, "MAKE") || strings.HasPrefix(v, "IMAGE=") || strings.HasPrefix(v, "MFLAGS=")
+	})
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatalf("%v: %v", cmd, err)
+	}
+	var got []string
+	for _, m := range regexp.MustCompile(`--target (\w+) --tag (\S+)`).FindAllStringSubmatch(string(out), -1) {
+		got = append(got, m[1]+" "+m[2])
+	}
+	if want := []string{"iptables " + usual.image, "nftables " + static.image}; !slices.Equal(got, want) {
+		t.Errorf("make image builds %q, want %q:\n%s", got, want, out)
+	}
+	readme, err := os.ReadFile(filepath.Join("..", "README.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, m := range regexp.MustCompile(`coredns-nodecache:([\w.-]+)`).FindAllStringSubmatch(string(readme), -1) {
+		if m[1] != tag {
+			t.Errorf("the README has the image %s, want the tag %s", m[0], tag)
+		}
+	}
+	changes, err := os.ReadFile(filepath.Join("..", "CHANGELOG.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if m := regexp.MustCompile(`(?m)^## (\d\S+)`).FindSubmatch(changes); m == nil || "v"+string(m[1]) != release {
+		t.Errorf("the newest release of CHANGELOG.md is %q, the manifests have %s", m, release)
+	}
+}
+
 func check(t *testing.T, m *manifest.Manifest, sets int, v variant) {
 	t.Helper()
 	if len(m.ConfigMaps) != 1 || len(m.DaemonSets) != sets {
@@ -286,7 +329,7 @@ func checkDaemonSet(t *testing.T, m *manifest.Manifest, ds appsv1.DaemonSet, v v
 		t.Errorf("binds with %q, want %q", got, v.bind)
 	}
 	corefile := files["Corefile"]
-	checkResources(t, c, corefile)
+	checkResources(t, c, corefile, files["nodecache.conf"], len(strings.Fields(v.bind)))
 	for name, value := range env {
 		corefile = strings.ReplaceAll(corefile, "{$"+name+"}", value)
 	}
@@ -333,7 +376,7 @@ func checkSecurity(t *testing.T, s *corev1.SecurityContext, v variant) {
 
 // checkResources checks that the resources follow docs/sizing.md: what may be cached and
 // what may wait fits into the limit, and what is usual into the request.
-func checkResources(t *testing.T, c corev1.Container, corefile string) {
+func checkResources(t *testing.T, c corev1.Container, corefile, directive string, addresses int) {
 	t.Helper()
 	request, limit := c.Resources.Requests.Memory(), c.Resources.Limits.Memory()
 	if c.Resources.Requests.Cpu().IsZero() || !c.Resources.Limits.Cpu().IsZero() {
@@ -363,6 +406,9 @@ func checkResources(t *testing.T, c corev1.Container, corefile string) {
 	s := sizing(t)
 	// In MiB. Half of a full cache is usual.
 	most := s["the process"] + blocks*s["a server block"] + waiting*s["a query that waits"] + entries*s["an answer, three names, four addresses"]
+	if strings.Contains(directive, "fastpath\n") {
+		most += float64(addresses) * 16384 * s["an answer of the fast path"] // its default
+	}
 	usual := s["the process"] + blocks*s["a server block"] + entries/2*s["an answer, one address"]
 	const mib = 1 << 20
 	if got := float64(limit.Value()) / mib; got < most || got > 1.5*most {
@@ -407,7 +453,7 @@ func sizing(t *testing.T) map[string]float64 {
 		}
 		all[m[1]] = n
 	}
-	for _, name := range []string{"the process", "a server block", "a query that waits", "an answer, one address", "an answer, three names, four addresses"} {
+	for _, name := range []string{"the process", "a server block", "a query that waits", "an answer, one address", "an answer, three names, four addresses", "an answer of the fast path"} {
 		if all[name] == 0 {
 			t.Fatalf("docs/sizing.md does not say what memory is for %s", name)
 		}
@@ -530,7 +576,7 @@ func TestReadmeKustomization(t *testing.T) {
 	}
 	for _, ds := range m.DaemonSets {
 		c := ds.Spec.Template.Spec.Containers[0]
-		if want := "registry.example/coredns-nodecache:v0.1.0-nftables"; c.Image != want {
+		if want := "registry.example/coredns-nodecache:" + tag + "-nftables"; c.Image != want {
 			t.Errorf("the image is %s, want %s", c.Image, want)
 		}
 		env, err := manifest.Env(c, map[string]string{"status.hostIP": "10.0.0.1"})
