@@ -30,6 +30,7 @@ const corefile = `.:53 {
     nodecache {
         firewall nftables
         sync 2s
+        fastpath
     }
     prometheus 127.0.0.1:%d
     cache 20
