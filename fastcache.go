@@ -11,7 +11,9 @@ import (
 )
 
 const (
-	ways           = 8 // entries of one bucket
+	ways = 8 // entries of one bucket
+	// asked is how many looks for room an entry outlives that has been asked for.
+	asked          = 2
 	defaultEntries = 1 << 14
 	minEntries     = 64
 	maxEntries     = 1 << 24
@@ -50,7 +52,7 @@ type answer struct {
 	// before it is made to fit the client.
 	querySize, responseSize uint16
 
-	used atomic.Bool // since all of its bucket were
+	used atomic.Int32 // a hit sets it to asked; each look at its bucket for room takes one off
 
 	// A hit goes the ordinary way now and then, so that the cache plugin sees that the
 	// name is asked for, and prefetches it.
@@ -62,11 +64,16 @@ type answer struct {
 // size is what an answer takes of the memory that a table may have.
 func (a *answer) size() int64 { return int64(len(a.key)+len(a.wire)+2*len(a.ttls)) + overhead }
 
+// over tells whether a can't be sent any more.
+func (a *answer) over(now int64) bool {
+	return now >= a.lo || a.source.version.Load() != a.version
+}
+
 // ttl returns the TTL that CoreDNS would answer with, in seconds. It is false when the
 // ordinary way has to be taken: the TTL is over, the cache plugin has a newer item, or
 // the moment is so close to the turn of a second that the TTL can't be told.
 func (a *answer) ttl(now int64) (uint32, bool) {
-	if now >= a.lo || a.source.version.Load() != a.version {
+	if a.over(now) {
 		return 0, false
 	}
 	if a.constant != 0 {
@@ -111,6 +118,7 @@ type answerTable struct {
 	room    int64 // bytes
 	entries atomic.Int64
 	bytes   atomic.Int64
+	hand    atomic.Uint64  // the bucket that was looked at last for room
 	locks   [64]sync.Mutex // of the buckets, for changes
 }
 
@@ -140,8 +148,8 @@ func (t *answerTable) get(q []byte) *answer {
 	for i := range b {
 		a := b[i].Load()
 		if a != nil && a.hash == hash && bytes.Equal(a.key, key) {
-			if !a.used.Load() {
-				a.used.Store(true)
+			if a.used.Load() != asked {
+				a.used.Store(asked)
 			}
 			return a
 		}
@@ -151,59 +159,94 @@ func (t *answerTable) get(q []byte) *answer {
 
 // add puts an answer in, in place of one to the same query, of one that is over, or of
 // one that nobody has asked for: names that are asked for once or twice do not drive
-// out those that are asked for again and again. It is dropped if there is no room.
+// out those that are asked for again and again. If there is no room it is dropped, and
+// room is made for the next.
 func (t *answerTable) add(a *answer, now int64) {
 	a.hash = maphash.Bytes(t.seed, a.key)
+	if !t.place(a, now) {
+		t.age(int(t.hand.Add(1)%uint64(len(t.buckets))), now)
+	}
+}
+
+// place is add's first try.
+func (t *answerTable) place(a *answer, now int64) bool {
 	n := t.bucket(a.hash)
 	l := &t.locks[n%len(t.locks)]
 	l.Lock()
 	defer l.Unlock()
 	b := &t.buckets[n]
-	victim, full := -1, true
+	const (
+		over = iota
+		free
+		unused
+		none
+	)
+	victim, best := -1, none
 	for i := range b {
 		old := b[i].Load()
-		if old == nil {
-			full = false
-			if t.entries.Load() < t.most && (victim < 0 || b[victim].Load() != nil) {
-				victim = i
-			}
-			continue
-		}
-		if old.hash == a.hash && bytes.Equal(old.key, a.key) {
+		if old != nil && old.hash == a.hash && bytes.Equal(old.key, a.key) {
 			victim = i
 			break
 		}
-		_, fresh := old.ttl(now)
-		if !fresh && now >= old.lo && victim < 0 {
-			victim = i
+		rank := none
+		switch {
+		case old == nil:
+			rank = free
+		case old.over(now):
+			rank = over
+		case old.used.Load() == 0:
+			rank = unused
+		}
+		if rank < best && t.fits(a, old) {
+			victim, best = i, rank
 		}
 	}
-	for i := range b {
-		if old := b[i].Load(); victim < 0 && old != nil && !old.used.Load() {
-			victim = i
-		}
+	if victim < 0 || !t.fits(a, b[victim].Load()) {
+		return false
 	}
-	if victim < 0 {
-		// All have been asked for. Those that will not be again make room for the next;
-		// where only the table is full, their TTLs see to that.
-		for i := range b {
-			if full {
-				b[i].Load().used.Store(false)
-			}
-		}
-		return
-	}
+	t.set(b, victim, a)
+	return true
+}
+
+// fits tells whether there is room for a in the place of old, which may be nil.
+func (t *answerTable) fits(a, old *answer) bool {
 	grow := a.size()
-	old := b[victim].Load()
 	if old != nil {
 		grow -= old.size()
+	} else if t.entries.Load() >= t.most {
+		return false
 	}
-	if grow > 0 && t.bytes.Load()+grow > t.room {
-		return
+	return grow <= 0 || t.bytes.Load()+grow <= t.room
+}
+
+// set has the i-th place of a bucket hold a, which may be nil.
+func (t *answerTable) set(b *bucket, i int, a *answer) {
+	if old := b[i].Swap(a); old != nil {
+		t.entries.Add(-1)
+		t.bytes.Add(-old.size())
 	}
-	b[victim].Store(a)
-	t.bytes.Add(grow)
-	if old == nil {
+	if a != nil {
 		t.entries.Add(1)
+		t.bytes.Add(a.size())
+	}
+}
+
+// age takes out of a bucket what is over and what nobody has asked for in the last
+// looks.
+func (t *answerTable) age(n int, now int64) {
+	l := &t.locks[n%len(t.locks)]
+	l.Lock()
+	defer l.Unlock()
+	b := &t.buckets[n]
+	for i := range b {
+		a := b[i].Load()
+		if a == nil {
+			continue
+		}
+		if left := a.used.Load(); left == 0 || a.over(now) {
+			t.set(b, i, nil)
+		} else {
+			a.used.Store(left - 1)
+		}
 	}
 }

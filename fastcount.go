@@ -25,7 +25,7 @@ type counts struct {
 type countsKey struct {
 	block   *fastBlock
 	zone    string
-	qtype   uint16
+	qtype   string
 	rcode   int
 	denial  bool // the cache plugin's kind
 	do, six bool
@@ -50,7 +50,7 @@ func (c *counts) add(query, response uint16) {
 // countsFor returns what the answer m to q is counted in.
 func (v *serving) countsFor(q *fastQuery, m *dns.Msg, denial bool) *counts {
 	b := q.block
-	k := countsKey{block: b, qtype: m.Question[0].Qtype, rcode: m.Rcode, denial: denial, six: q.from.raw.Family != unix.AF_INET}
+	k := countsKey{block: b, qtype: typeLabel(m.Question[0].Qtype), rcode: m.Rcode, denial: denial, six: q.from.raw.Family != unix.AF_INET}
 	if o := m.IsEdns0(); o != nil {
 		k.do = o.Do()
 	}
@@ -87,7 +87,7 @@ func (v *serving) newCounts(k countsKey) *counts {
 		family = "2"
 	}
 	c.counters = append(c.counters,
-		vars.RequestCount.WithLabelValues(server, k.zone, view, "udp", family, typeLabel(k.qtype)),
+		vars.RequestCount.WithLabelValues(server, k.zone, view, "udp", family, k.qtype),
 		vars.ResponseRcode.WithLabelValues(server, k.zone, view, rcode.ToString(k.rcode), k.block.metrics.Next.Name()))
 	if k.do {
 		c.counters = append(c.counters, vars.RequestDo.WithLabelValues(server, k.zone, view))

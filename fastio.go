@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net"
 	"runtime"
+	"sync/atomic"
 	"time"
 	"unsafe"
 
@@ -98,7 +99,6 @@ func (s *fastSocket) send(b []byte, to *sockaddr) (int, error) {
 type mmsghdr struct {
 	hdr unix.Msghdr
 	len uint32
-	_   [unsafe.Sizeof(uintptr(0)) - 4]byte
 }
 
 // packets are the buffers of one worker.
@@ -199,7 +199,8 @@ func (s *fastSocket) run(l *fastListener, answering *counter) {
 		case pace.full:
 			n, e = p.poll()
 		case pace.gathers():
-			unix.Nanosleep(&unix.Timespec{Nsec: int64(gatherFor)}, nil)
+			nap := unix.NsecToTimespec(int64(gatherFor))
+			unix.Nanosleep(&nap, nil)
 			n, e = p.poll()
 		default:
 			n, e = p.receive()
@@ -219,7 +220,7 @@ func (s *fastSocket) run(l *fastListener, answering *counter) {
 			time.Sleep(time.Millisecond)
 		case n > 0:
 			open := answering.begin()
-			s.serve(l.enter(), p, n, now, answering)
+			s.serve(l.enter(), p, n, now, open)
 			open.Add(-1)
 		}
 		p.again(n)
@@ -270,8 +271,9 @@ func (l *fastListener) enter() *serving {
 	}
 }
 
-// serve answers n packets that have come in, or hands them on.
-func (s *fastSocket) serve(v *serving, p *packets, n int, now int64, answering *counter) {
+// serve answers n packets that have come in, or hands them on. They count in open,
+// those that are handed on each.
+func (s *fastSocket) serve(v *serving, p *packets, n int, now int64, open *atomic.Int64) {
 	hits, misses := 0, 0
 	for i := range n {
 		q := p.packet(i)
@@ -287,7 +289,8 @@ func (s *fastSocket) serve(v *serving, p *packets, n int, now int64, answering *
 		}
 		misses++
 		f := &fastQuery{raw: append([]byte(nil), q...), socket: s, from: sockaddr{p.from[i], p.recv[i].hdr.Namelen}}
-		f.open = answering.begin()
+		open.Add(1)
+		f.open = open
 		f.plain = p.recv[i].hdr.Flags&unix.MSG_TRUNC == 0 && plainQuery(q)
 		v.misses.queries <- f
 	}

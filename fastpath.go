@@ -166,8 +166,11 @@ type fastQuery struct {
 	raw    []byte
 	socket *fastSocket
 	from   sockaddr
-	plain  bool          // its answer may be kept
-	open   *atomic.Int64 // counts it until the DNS library has it
+	plain  bool // its answer may be kept
+	asked  dns.Question
+	// open counts it until it is answered; what is not plain, which the DNS library may
+	// drop, until that has it.
+	open *atomic.Int64
 
 	// Set by the block that it comes to.
 	block   *fastBlock
@@ -184,9 +187,10 @@ func (q *fastQuery) Network() string { return "udp" }
 // String implements net.Addr.
 func (q *fastQuery) String() string { return q.from.addr().String() }
 
-// enter is called when the query comes to a block with fastpath.
+// enter is called when the query comes to a block with fastpath, and also with what a
+// plugin asks CoreDNS on the way to its answer, or for a prefetch at the same time.
 func (q *fastQuery) enter(b *fastBlock, r *dns.Msg) {
-	if !q.plain {
+	if !q.plain || len(r.Question) != 1 || r.Question[0] != q.asked {
 		return
 	}
 	q.block = b
@@ -251,6 +255,8 @@ func (v *serving) ServeDNS(w dns.ResponseWriter, r *dns.Msg) {
 	q := w.RemoteAddr().(*fastQuery)
 	ctx := v.ctx
 	if q.plain {
+		defer q.open.Add(-1)
+		q.asked = r.Question[0]
 		ctx = context.WithValue(ctx, fastKey{}, q)
 	}
 	v.server.ServeDNS(ctx, &fastWriter{ResponseWriter: w, serving: v, query: q}, r)
@@ -370,7 +376,9 @@ type missConn struct {
 func (c *missConn) ReadFrom(b []byte) (int, net.Addr, error) {
 	select {
 	case q := <-c.queries:
-		q.open.Add(-1)
+		if !q.plain {
+			q.open.Add(-1)
+		}
 		return copy(b, q.raw), q, nil
 	case <-c.past:
 		return 0, nil, net.ErrClosed
@@ -383,9 +391,10 @@ func (c *missConn) WriteTo(b []byte, to net.Addr) (int, error) {
 	return q.socket.send(b, &q.from)
 }
 
-// SetReadDeadline implements net.PacketConn. Only a shutdown sets one in the past.
+// SetReadDeadline implements net.PacketConn. Only a shutdown sets one long past; that of
+// a read can have passed too, if the process was stopped for a while.
 func (c *missConn) SetReadDeadline(t time.Time) error {
-	if t.Before(time.Now()) {
+	if t.Before(epoch) {
 		c.Close()
 	}
 	return nil
@@ -422,7 +431,25 @@ type fastpath struct {
 	mu        sync.Mutex
 	listeners map[endpoint]*fastListener
 	cpus      int
-	following bool // see follow
+	following bool         // see follow
+	ending    atomic.Int64 // servings and listeners with queries under way
+}
+
+// end calls stop, which finish waits for.
+func (f *fastpath) end(stop func()) {
+	f.ending.Add(1)
+	go func() {
+		stop()
+		f.ending.Add(-1)
+	}()
+}
+
+// finish waits until what an instance has under way is answered: its servers do not
+// know of it when they stop, and soon its plugins and addresses go.
+func (f *fastpath) finish(limit time.Duration) {
+	for deadline := time.Now().Add(limit); f.ending.Load() > 0 && time.Now().Before(deadline); {
+		time.Sleep(drainPoll)
+	}
 }
 
 // spare sees to it that Go's scheduler has a P to spare while there are workers. A
@@ -456,7 +483,7 @@ func (f *fastpath) serve(cfg *config, s *dnsserver.Server) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if l := f.listeners[e]; l != nil {
-		l.use(newServing(s, at, entries))
+		f.use(l, newServing(s, at, entries))
 		return
 	}
 	if entries == 0 {
@@ -512,7 +539,7 @@ func (f *fastpath) only(cfg *config) {
 		}
 		if s := serverAt(e); s != nil {
 			if l.serving.Load().server != s {
-				l.use(newServing(s, netip.AddrPortFrom(e.addr, e.port), 0))
+				f.use(l, newServing(s, netip.AddrPortFrom(e.addr, e.port), 0))
 			}
 			continue
 		}
@@ -520,7 +547,7 @@ func (f *fastpath) only(cfg *config) {
 		if err := l.park(true); err != nil {
 			log.Errorf("fastpath: leaving %s: %v", e, err)
 		}
-		go l.close()
+		f.end(l.close)
 		if len(f.listeners) == 0 {
 			f.spare(false)
 		}
@@ -569,7 +596,7 @@ func serverAt(e endpoint) *dnsserver.Server {
 }
 
 // use has queries go to v from now on.
-func (l *fastListener) use(v *serving) { go l.serving.Swap(v).stop() }
+func (f *fastpath) use(l *fastListener, v *serving) { f.end(l.serving.Swap(v).stop) }
 
 // open opens a socket a CPU and begins to answer on them.
 func (l *fastListener) open(cpus int, answering *counter) error {

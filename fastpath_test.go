@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"sync/atomic"
 	"testing"
 	"time"
 	"unsafe"
@@ -366,6 +367,114 @@ func TestAnswerTableBoundsBytes(t *testing.T) {
 	}
 }
 
+// What has filled the table goes when it is over, and when nobody asks for it any more.
+func TestAnswerTableMakesRoom(t *testing.T) {
+	for what, size := range map[string]int{"entries": 100, "bytes": maxWire} {
+		for _, expired := range []bool{true, false} {
+			tab := newAnswerTable(800)
+			now := sinceEpoch()
+			for n := range 5000 {
+				a, q := entry(t, n)
+				a.wire = make([]byte, size)
+				tab.add(a, now)
+				tab.get(q)
+			}
+			if expired {
+				now += int64(2 * time.Hour)
+			}
+			for n := range 20 {
+				a, q := entry(t, 10_000+n)
+				a.lo, a.hi = a.lo+int64(4*time.Hour), a.hi+int64(4*time.Hour)
+				tries := 0
+				for ; tab.get(q) == nil && tries < 1000; tries++ {
+					tab.add(a, now)
+				}
+				if tries == 1000 {
+					t.Errorf("a table full of %s that nobody asks for (over: %v) takes no other", what, expired)
+					break
+				}
+			}
+			if tab.entries.Load() > tab.most || tab.bytes.Load() > tab.room {
+				t.Errorf("%d entries of %d, %d bytes of %d", tab.entries.Load(), tab.most, tab.bytes.Load(), tab.room)
+			}
+		}
+	}
+}
+
+// The kernel's array of struct mmsghdr has no gaps.
+func TestMmsghdr(t *testing.T) {
+	if got, want := unsafe.Sizeof(mmsghdr{}), unsafe.Sizeof(unix.Msghdr{})+unsafe.Sizeof(uintptr(0)); got != want {
+		t.Errorf("a mmsghdr has %d bytes, want %d", got, want)
+	}
+}
+
+// What a plugin asks on the way, and a prefetch asks meanwhile, is not the query.
+func TestEnterTakesTheQueryOnly(t *testing.T) {
+	b := &fastBlock{items: newItems(64, 0)}
+	asked, other := question("a.example.org.", dns.TypeA), question("b.example.org.", dns.TypeA)
+	for _, r := range []*dns.Msg{asked, other} {
+		key := b.items.key(r)
+		b.items.end(key, b.items.begin(key), known(sinceEpoch(), 30, 1))
+	}
+	q := &fastQuery{plain: true, asked: asked.Question[0]}
+	q.enter(b, other)
+	if q.item != nil {
+		t.Error("another question is taken for the query")
+	}
+	q.enter(b, asked)
+	if q.item == nil {
+		t.Error("the query is not taken")
+	}
+}
+
+// A process that was stopped for longer than a read's deadline reads on.
+func TestMissConnOutlivesAPause(t *testing.T) {
+	c := &missConn{queries: make(chan *fastQuery, 1), past: make(chan struct{})}
+	c.queries <- &fastQuery{raw: make([]byte, 12), open: new(atomic.Int64)}
+	c.SetReadDeadline(time.Now().Add(-time.Nanosecond))
+	select {
+	case <-c.past:
+		t.Error("a deadline that has just passed shuts it down")
+	default:
+	}
+	c.SetReadDeadline(time.Unix(1, 0))
+	<-c.past
+}
+
+// A drain waits for what was handed on, however late the DNS library reads it.
+func TestDrainKnowsOfMisses(t *testing.T) {
+	var answering counter
+	v := &serving{table: newAnswerTable(64), misses: &missConn{queries: make(chan *fastQuery, batch)}}
+	s := &fastSocket{fd: -1}
+	p := newPackets(-1)
+	p.recv[0].len = uint32(copy(p.in[0][:], packed(t, question("example.org.", dns.TypeA))))
+	open := answering.begin()
+	left := answering.turn() // between its read and its turn
+	v.using.Add(1)
+	s.serve(v, p, 1, sinceEpoch(), open)
+	open.Add(-1)
+	var b [512]byte
+	if _, _, err := v.misses.ReadFrom(b[:]); err != nil {
+		t.Fatal(err)
+	}
+	if left() != 1 {
+		t.Error("a query that has been read and not answered does not count")
+	}
+}
+
+// Types without a label of their own share what they are counted in.
+func TestCountsAreBounded(t *testing.T) {
+	v := &serving{server: &dnsserver.Server{Addr: "dns://192.0.2.1:53"}, counts: map[countsKey]*counts{}}
+	b := &fastBlock{}
+	for n := range 1000 {
+		q := &fastQuery{block: b}
+		v.countsFor(q, question("example.org.", uint16(1000+n)), true)
+	}
+	if len(v.counts) > 1 {
+		t.Errorf("%d kinds of counts for types that CoreDNS calls other", len(v.counts))
+	}
+}
+
 func hits(t testing.TB) float64 { return counted(t, "coredns_nodecache_fastpath_hits_total") }
 
 // counted is the value of a counter without labels.
@@ -454,8 +563,8 @@ func hitter(t testing.TB) func() {
 		}
 		p.recv[i].hdr.Namelen = unix.SizeofSockaddrInet4
 	}
-	var answering counter
-	hit := func() { v.using.Add(1); s.serve(v, p, batch, sinceEpoch(), &answering) }
+	var open atomic.Int64
+	hit := func() { v.using.Add(1); s.serve(v, p, batch, sinceEpoch(), &open) }
 	before := hits(t)
 	hit()
 	if n := hits(t) - before; n != batch {

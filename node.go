@@ -25,6 +25,9 @@ const (
 	// drainLimit bounds the wait for answers at an exit. With the lock's wait it
 	// stays within the 30 s that Kubernetes gives a pod.
 	drainLimit = 10 * time.Second
+	// stopLimit bounds the wait of a reload for answers of fastpath's, as CoreDNS bounds
+	// its own.
+	stopLimit = 5 * time.Second
 	// readOutLimit bounds the wait of a reload for what is queued on sockets that it
 	// gives up. To an address without firewall rules queries never cease.
 	readOutLimit = 100 * time.Millisecond
@@ -605,8 +608,20 @@ func (n *node) revert(cfg *config) error {
 // stopped and the new instance serves. At an exit nothing is done here: the
 // servers still answer, and exit follows.
 func (n *node) replaced(cfg *config) error {
+	ours := func() bool { return cfg.restarting && !n.exited && (n.running == cfg || n.starting == cfg) }
+	n.do(func() error {
+		if ours() {
+			next := n.starting
+			if next == cfg {
+				next = nil
+			}
+			n.fast.only(next)
+		}
+		return nil
+	})
+	n.fast.finish(stopLimit)
 	return n.do(func() error {
-		if !cfg.restarting || n.exited || n.running != cfg && n.starting != cfg {
+		if !ours() {
 			return nil
 		}
 		n.running = n.starting
@@ -617,7 +632,6 @@ func (n *node) replaced(cfg *config) error {
 		if n.running == nil {
 			return n.over()
 		}
-		n.fast.only(n.running)
 		want := n.running.state(false, n.resolve)
 		err := count(n.reduce(want))
 		n.serve(want)

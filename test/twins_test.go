@@ -151,6 +151,29 @@ func TestPlannedLosesNothing(t *testing.T) {
 				p = append(p[1:], n.serve(n.corefile()))
 			})
 		}},
+		{"SIGTERM-of-a-twin-with-or-without-fastpath", addrs, func(n *node, repeat func(string, func())) {
+			p := []*process{n.serve(n.corefile("fastpath")), n.serve(n.corefile())}
+			next := []string{n.corefile("fastpath"), n.corefile()}
+			repeat("SIGTERM of a twin", func() { // those with and without in turn
+				p[0].exit(syscall.SIGTERM)
+				p = append(p[1:], n.serve(next[0]))
+				next[0], next[1] = next[1], next[0]
+			})
+		}},
+		{"reload-that-turns-fastpath-on-and-off", addrs, func(n *node, repeat func(string, func())) {
+			p := n.serve(n.corefile("fastpath"))
+			repeat("reload", func() {
+				p.reload(n.corefile())
+				p.reload(n.corefile("fastpath"))
+			})
+		}},
+		{"reload-with-fastpath-and-one-address-less", clusterIPs, func(n *node, repeat func(string, func())) {
+			p := n.serve(n.corefile("fastpath"))
+			repeat("reload", func() {
+				p.reload(n.block(".:53", "10.96.0.10 fd00:96::10", "fastpath"))
+				p.reload(n.corefile("fastpath"))
+			})
+		}},
 		{"surge-replace", addrs, func(n *node, repeat func(string, func())) {
 			p := n.serve(n.corefile())
 			repeat("surge replace", func() {
