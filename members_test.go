@@ -32,7 +32,9 @@ func TestLastOneOutTearsDown(t *testing.T) {
 	aFW.heard()
 	a.exit()
 	wantCarried(t, testLink, "169.254.20.10", "fd00:20::10")
-	if calls := aFW.heard(); len(calls) == 0 || !strings.HasPrefix(calls[0], "leave "+dnsOf("10.96.0.10")+" on") {
+	// A report of the kernel's on the addresses may have it look after its rules first.
+	calls := aFW.heard()
+	if !slices.ContainsFunc(calls, func(c string) bool { return strings.HasPrefix(c, "leave "+dnsOf("10.96.0.10")+" on") }) {
 		t.Errorf("the first one leaves more than what is its own: %q", calls)
 	}
 	if rules, _ := aFW.stand(); list(rules) != dnsOf("169.254.20.10", "fd00:20::10") {

@@ -32,6 +32,9 @@ type traffic struct {
 	tcp   map[string]*lab.Running
 }
 
+// Queries a second of each kind of client.
+const udpRate, tcpRate = 200, 40
+
 // flow starts traffic to addresses and waits until slow queries are out.
 func (n *node) flow(addrs ...netip.Addr) *traffic {
 	n.Helper()
@@ -39,12 +42,12 @@ func (n *node) flow(addrs ...netip.Addr) *traffic {
 	for _, c := range n.clients() {
 		for kind, sockets := range map[string]int{"new sockets": 0, "kept sockets": 32} {
 			name := c.name + ", " + kind
-			f, err := lab.Flow{From: c.ns, To: addrs, Rate: 200, Sockets: sockets, Misses: 30, Slow: 6, Tag: tag(c.name)}.Start()
+			f, err := lab.Flow{From: c.ns, To: addrs, Rate: udpRate, Sockets: sockets, Misses: 30, Slow: 6, Tag: tag(c.name)}.Start()
 			n.must(err)
 			n.Cleanup(func() { f.Stop() })
 			t.flows[name] = f
 			t.tcp[name] = n.start(lab.Load{From: c.ns, Proto: "tcp", To: on(addrs...), Names: lab.Misses, Tag: tag(c.name, "tcp"),
-				Rate: 40, Count: 1 << 30, Keep: sockets > 0, Workers: 4})[0]
+				Rate: tcpRate, Count: 1 << 30, Keep: sockets > 0, Workers: 4})[0]
 		}
 	}
 	t.more(100)
@@ -59,12 +62,16 @@ func tag(parts ...any) string {
 	return strings.ReplaceAll("-"+fmt.Sprint(parts...)+"-"+strconv.Itoa(tags), " ", "")
 }
 
-// more waits until each flow has sent so many more queries.
+// more waits until each flow has sent so many more queries, and over TCP its share of
+// them.
 func (t *traffic) more(k int) {
 	t.n.Helper()
-	until := map[*lab.Flowing]int{}
+	until := map[interface{ Sent() int }]int{}
 	for _, f := range t.flows {
 		until[f] = f.Sent() + k
+	}
+	for _, r := range t.tcp {
+		until[r] = r.Sent() + k*tcpRate/udpRate
 	}
 	for f, k := range until {
 		if !eventually(func() bool { return f.Sent() >= k }) {
