@@ -14,6 +14,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
@@ -22,8 +23,9 @@ import (
 )
 
 // faults are what commonly goes wrong on a node although everything of ours stands.
-// Each one is looked for after a start and a reload, and told with its remedy in the
-// log. A look changes nothing, and one that fails finds nothing.
+// Each one is looked for after a start and a reload and then from time to time, and told
+// with its remedy in the log when it comes up. A look changes nothing, and one that
+// fails finds nothing.
 var faults = []fault{
 	{"rules_of_node_cache", rulesOfNodeCache},
 	{"shared_port", sharedPort},
@@ -72,23 +74,45 @@ func (n *node) site(cfg *config) site {
 // examined begins the line that ends an examination.
 const examined = "looked for what commonly goes wrong on a node: "
 
-// examining keeps two examinations from running at once.
-var examining sync.Mutex
+// examineEvery is how long after an examination the next check brings another.
+const examineEvery = 5 * time.Minute
 
-// examine looks for faults and tells of each.
-func (n *node) examine(s site) {
-	examining.Lock()
-	defer examining.Unlock()
-	total := 0
+// examination is the last one. Its lock keeps two from running at once.
+var examination struct {
+	sync.Mutex
+	found map[string]int // by fault
+}
+
+// examine looks for faults and tells of each; again says that it has done so before for
+// this configuration, and that only news count.
+func (n *node) examine(s site, again bool) {
+	examination.Lock()
+	defer examination.Unlock()
+	total, found := 0, map[string]int{}
 	for _, f := range faults {
-		found := f.find(s)
-		total += len(found)
-		for _, text := range found {
-			log.Warningf("%s", text)
+		texts := f.find(s)
+		if !again || len(texts) > examination.found[f.name] {
+			for _, text := range texts {
+				log.Warningf("%s", text)
+			}
 		}
-		nodeFaults.WithLabelValues(f.name).Set(float64(len(found)))
+		total += len(texts)
+		found[f.name] = len(texts)
+		nodeFaults.WithLabelValues(f.name).Set(float64(len(texts)))
 	}
-	log.Infof("%s%d found", examined, total)
+	if !again || !maps.Equal(found, examination.found) {
+		log.Infof("%s%d found", examined, total)
+	}
+	examination.found = found
+}
+
+// examineAgain has the node examined if the last time is a while ago.
+func (n *node) examineAgain() {
+	if n.running == nil || n.exited || time.Since(n.examinedAt) < examineEvery {
+		return
+	}
+	n.examinedAt = time.Now()
+	go n.examine(n.site(n.running), true)
 }
 
 // addrs returns the addresses that the configuration binds.

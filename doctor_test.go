@@ -2,8 +2,10 @@ package nodecache
 
 import (
 	"fmt"
+	stdlog "log"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -47,5 +49,40 @@ func TestNetworkManager(t *testing.T) {
 				t.Errorf("found %q, want one: %v", found, tt.want)
 			}
 		})
+	}
+}
+
+func TestExaminesAgain(t *testing.T) {
+	was := faults
+	defer func() { faults = was }()
+	var full []string
+	faults = []fault{{"full", func(site) []string { return full }}, {"other", func(site) []string { return []string{"always"} }}}
+	var text strings.Builder
+	stdlog.SetOutput(&text)
+	defer stdlog.SetOutput(os.Stdout)
+	n := newNode()
+	for i, step := range []struct {
+		again bool
+		full  []string
+		says  []string
+	}{
+		{false, nil, []string{"always", "1 found"}},
+		{true, nil, nil},
+		{true, []string{"90 of 100"}, []string{"90 of 100", "2 found"}},
+		{true, []string{"91 of 100"}, nil},
+		{true, nil, []string{"1 found"}},
+		{true, []string{"92 of 100"}, []string{"92 of 100", "2 found"}},
+		{false, []string{"92 of 100"}, []string{"92 of 100", "always", "2 found"}},
+	} {
+		text.Reset()
+		full = step.full
+		n.examine(site{}, step.again)
+		lines := strings.Split(strings.TrimSpace(text.String()), "\n")
+		if text.Len() == 0 {
+			lines = nil
+		}
+		if !slices.EqualFunc(lines, step.says, strings.HasSuffix) {
+			t.Errorf("look %d says %q, want %q", i, lines, step.says)
+		}
 	}
 }

@@ -195,7 +195,7 @@ func (m *member) ask() (others, error) {
 		}
 	}
 	for user, n := range strangers {
-		log.Warningf("what %d processes of the user %d want here is ignored: if they are caches of yours, run them as the user %d", n, user, os.Geteuid())
+		log.Warningf("what processes of the user %d want here is ignored (%d of them): if they are caches of yours, run them as the user %d", user, n, os.Geteuid())
 	}
 	return o, nil
 }

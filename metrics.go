@@ -105,7 +105,7 @@ var (
 		Namespace: plugin.Namespace,
 		Subsystem: directiveName,
 		Name:      "node_faults",
-		Help:      "Gauge of what was found wrong with the node after the last start or reload, each of which the log explains.",
+		Help:      "Gauge of what was found wrong with the node the last time it was looked at, each of which the log explains.",
 	}, []string{"fault"})
 	info = promauto.NewGaugeVec(prometheus.GaugeOpts{
 		Namespace: plugin.Namespace,

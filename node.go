@@ -74,6 +74,8 @@ type node struct {
 	exits     *net.UnixConn   // where other processes tell of theirs
 	syncTick  *time.Ticker
 	syncEvery time.Duration
+	// examinedAt is when the node was last looked at for faults.
+	examinedAt time.Time
 }
 
 func newNode() *node {
@@ -109,6 +111,7 @@ func (n *node) run() {
 			f()
 		case <-n.syncTick.C:
 			n.repair(false, "the check every "+n.syncEvery.String())
+			n.examineAgain()
 		case <-n.poked:
 			n.onReport(n.poked, false)
 		case <-n.reported:
@@ -528,7 +531,8 @@ func (n *node) complete(cfg *config, began time.Time) {
 	n.ready.Store(true)
 	lastSync.SetToCurrentTime()
 	n.describe(target)
-	go n.examine(n.site(cfg))
+	n.examinedAt = time.Now()
+	go n.examine(n.site(cfg), false)
 	var kinds, fws []string
 	for name, i := range n.netifs {
 		how := "adopted"
