@@ -1,7 +1,6 @@
 package e2e
 
 import (
-	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -212,17 +211,7 @@ func TestHealthReadyPrometheusPprofOnNodecacheAddress(t *testing.T) {
 
 // get fetches a page from inside a namespace.
 func get(ns *lab.Namespace, url string) (string, error) {
-	client := http.Client{Timeout: lab.Patience, Transport: &http.Transport{
-		DisableKeepAlives: true,
-		DialContext: func(ctx context.Context, network, addr string) (conn net.Conn, err error) {
-			err = ns.Do(func() (err error) {
-				conn, err = new(net.Dialer).DialContext(ctx, network, addr)
-				return err
-			})
-			return conn, err
-		},
-	}}
-	r, err := client.Get(url)
+	r, err := ns.Client(lab.Patience).Get(url)
 	if err != nil {
 		return "", err
 	}

@@ -1,13 +1,17 @@
 package lab
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"net"
+	"net/http"
 	"os"
 	"os/exec"
 	"runtime"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/vishvananda/netns"
 )
@@ -58,6 +62,20 @@ func (n *Namespace) Do(fn func() error) error {
 		}
 		return fn()
 	})
+}
+
+// Client returns an HTTP client whose connections begin in the namespace.
+func (n *Namespace) Client(timeout time.Duration) *http.Client {
+	return &http.Client{Timeout: timeout, Transport: &http.Transport{
+		DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, network, at string) (c net.Conn, err error) {
+			err = n.Do(func() error {
+				c, err = new(net.Dialer).DialContext(ctx, network, at)
+				return err
+			})
+			return c, err
+		},
+	}}
 }
 
 // onThread runs fn on a thread that ends with it: a thread that has been in a

@@ -1,12 +1,10 @@
 package lab
 
 import (
-	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"net/url"
 	"os"
@@ -22,7 +20,7 @@ import (
 
 // A Prometheus is a Prometheus server on the node, on 127.0.0.1:9090 there.
 type Prometheus struct {
-	client http.Client
+	client *http.Client
 	pid    int
 	exited chan struct{}
 	output string // the path of what it says
@@ -44,16 +42,7 @@ func (l *Lab) StartPrometheus(targets map[string]string) (*Prometheus, error) {
 	if err := os.WriteFile(file, []byte(config.String()), 0o644); err != nil {
 		return nil, err
 	}
-	p := &Prometheus{exited: make(chan struct{}), output: filepath.Join(dir, "output"), client: http.Client{
-		Timeout: Patience,
-		Transport: &http.Transport{DialContext: func(ctx context.Context, network, at string) (c net.Conn, err error) {
-			err = l.Node.Do(func() error {
-				c, err = new(net.Dialer).DialContext(ctx, network, at)
-				return err
-			})
-			return c, err
-		}},
-	}}
+	p := &Prometheus{exited: make(chan struct{}), output: filepath.Join(dir, "output"), client: l.Node.Client(Patience)}
 	out, err := os.Create(p.output)
 	if err != nil {
 		return nil, err
