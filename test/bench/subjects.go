@@ -67,8 +67,8 @@ const (
 
 func corefile(plugins ...string) func(room int) string {
 	return func(room int) string {
-		return fmt.Sprintf(".:53 {\n bind %[1]v\n "+strings.Join(plugins, "\n ")+
-			"\n prometheus 127.0.0.1:9253\n errors\n forward . %[2]v\n}\n%.0[3]d", serverAddr.Addr(), upstreamAddr, room)
+		return fmt.Sprintf("# With room for %[3]d names.\n.:53 {\n bind %[1]v\n "+strings.Join(plugins, "\n ")+
+			"\n prometheus 127.0.0.1:9253\n errors\n forward . %[2]v\n}\n", serverAddr.Addr(), upstreamAddr, room)
 	}
 }
 
