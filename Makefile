@@ -55,7 +55,7 @@ test: deps coredns image-root ## Run all tests; those with network namespaces ne
 
 .PHONY: e2e
 e2e: deps coredns image-root ## Run the end-to-end tests alone (needs root).
-	go test -count=1 -timeout 40m ./test/...
+	go test -count=1 -timeout 20m ./test/...
 
 .PHONY: test-kernel
 test-kernel: coredns ## Run the tests on Debian's kernel, which has the dummy driver, in QEMU.
@@ -128,17 +128,8 @@ dashboard-picture: deps coredns ## Draw docs/dashboard.svg from real data (needs
 	mv docs/dashboard.svg.new docs/dashboard.svg
 
 .PHONY: bench
-bench: build/coredns-plain ## Measure what an answer costs, beside plain CoreDNS and the C caches that are installed (needs root).
+bench: coredns ## Measure what an answer costs, beside plain CoreDNS and the C caches that are installed (needs root).
 	go run ./test/bench
-
-# CoreDNS as its own build makes it, without a profile, and with the same plugins.
-.PHONY: build/coredns-plain
-build/coredns-plain: coredns
-	go build -pgo=off -tags '$(TAGS)' -ldflags '$(LDFLAGS)' -o $@ ./cmd/coredns
-
-.PHONY: pgo
-pgo: build/coredns-plain ## Write the profile that ./coredns is compiled with (needs root).
-	go run ./test/bench -duration 10s -profile cmd/coredns/default.pgo
 
 .PHONY: lint
 lint: ## Run go vet, staticcheck, gofmt and shellcheck.

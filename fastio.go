@@ -63,6 +63,9 @@ func openSocket(e endpoint) (*fastSocket, error) {
 		err = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEPORT, 1)
 	}
 	if err == nil {
+		err = deepen(fd)
+	}
+	if err == nil {
 		err = unix.Bind(fd, sa)
 	}
 	if err != nil {
@@ -199,7 +202,7 @@ func (s *fastSocket) run(l *fastListener, answering *counter) {
 		case pace.full:
 			n, e = p.poll()
 		case pace.gathers():
-			nap := unix.NsecToTimespec(int64(gatherFor))
+			nap := unix.NsecToTimespec(pace.nap())
 			unix.Nanosleep(&nap, nil)
 			n, e = p.poll()
 		default:
@@ -227,9 +230,12 @@ func (s *fastSocket) run(l *fastListener, answering *counter) {
 	}
 }
 
-// gatherFor is how long a worker lets packets gather: at 20,000 queries a second
-// eight do. It is the most that a hit can be late for it.
-const gatherFor = 400 * time.Microsecond
+// A worker lets gatherUpTo packets gather, but no longer than gatherFor: it is the most
+// that a hit can be late for it.
+const (
+	gatherUpTo = 3
+	gatherFor  = 400 * time.Microsecond
+)
 
 // yieldEvery is how often a worker lets Go's scheduler see that it is alive. A
 // goroutine that has not been scheduled for 10 ms loses its P in its next system call
@@ -250,6 +256,9 @@ type pace struct {
 
 // gathers tells whether to sleep before the next look.
 func (p *pace) gathers() bool { return p.gap < int64(gatherFor) }
+
+// nap returns how long to sleep, in ns.
+func (p *pace) nap() int64 { return min(gatherUpTo*p.gap, int64(gatherFor)) }
 
 // note learns from n packets that were received at now.
 func (p *pace) note(n int, now int64) {

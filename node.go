@@ -518,6 +518,9 @@ func (n *node) complete(cfg *config, began time.Time) {
 		}
 	}
 	n.serve(target)
+	if err := deepenAll(cfg.listeners()); err != nil {
+		log.Warningf("making room for more unread queries: %v", err)
+	}
 	if n.running == nil {
 		// Nothing of this process to wait for: what a process before it has left
 		// beyond its needs can go.

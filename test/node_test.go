@@ -12,6 +12,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -99,7 +100,7 @@ func (n *node) must(err error) {
 // block is a server block with nodecache on the addresses. With LAB_FASTPATH set it has
 // fastpath, so that all tests can be run with it.
 func (n *node) block(key, bind string, properties ...string) string {
-	if os.Getenv("LAB_FASTPATH") != "" {
+	if os.Getenv("LAB_FASTPATH") != "" && !slices.Contains(properties, "fastpath") {
 		properties = append(properties, "fastpath")
 	}
 	if n.backend.firewall != "" {

@@ -335,3 +335,34 @@ func TestPutsBackWhatSomebodyRemoves(t *testing.T) {
 		}
 	}
 }
+
+// What comes while the process gets no CPU waits for it. The kernel's default is room for
+// some 200 queries on a socket.
+func TestQueriesWaitForTheProcess(t *testing.T) {
+	for name, options := range map[string][]string{"CoreDNS": nil, "fastpath": {"fastpath"}} {
+		t.Run(name, func(t *testing.T) {
+			n := newNode(t, nftables)
+			p := n.serve(n.corefile(options...))
+			f, err := lab.Flow{From: n.Pod, To: clusterIPs, Rate: 2000, Sockets: 32}.Start()
+			n.must(err)
+			n.Cleanup(func() { f.Stop() })
+			for _, s := range []struct {
+				signal  syscall.Signal
+				queries int
+			}{{syscall.SIGCONT, 100}, {syscall.SIGSTOP, 2000}, {syscall.SIGCONT, 100}} {
+				n.must(syscall.Kill(p.Pid, s.signal))
+				until := f.Sent() + s.queries
+				if !eventually(func() bool { return f.Sent() >= until }) {
+					n.Fatal("the flow came to a halt")
+				}
+			}
+			r, err := f.Stop()
+			n.must(err)
+			for a, r := range r {
+				if r.Bad() > 0 || r.FromCluster > 0 {
+					n.Errorf("%v: of %d queries %d were lost, %d refused, %d answered wrongly, %d by the cluster", a, r.Sent, r.Lost, r.Refused, r.Wrong, r.FromCluster)
+				}
+			}
+		})
+	}
+}

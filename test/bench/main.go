@@ -28,8 +28,6 @@ import (
 
 var (
 	coredns  = flag.String("binary", "./coredns", "the CoreDNS `program` with nodecache")
-	plainDNS = flag.String("plain", "build/coredns-plain", "the `program` of plain CoreDNS, built with the same plugins and without a profile")
-	profile  = flag.String("profile", "", "measure nothing, but write a CPU profile of nodecache to this `file`, for the compiler")
 	rounds   = flag.Int("rounds", 3, "how often every server is measured")
 	which    = flag.String("subjects", "", "only these `servers`, separated by commas, of "+strings.Join(names(subjects), ", ")+"; by default those that are installed")
 	duration = flag.Duration("duration", 2*time.Second, "how long a server is measured at each rate")
@@ -61,13 +59,11 @@ func run() (err error) {
 	if *rounds < 1 || *duration < 100*time.Millisecond || *entries < 1 || *entries > maxEntries {
 		return fmt.Errorf("at least one round, 100ms, and 1 to %d entries are needed", maxEntries)
 	}
-	for _, program := range []*string{coredns, plainDNS} {
-		if *program, err = filepath.Abs(*program); err != nil {
-			return err
-		}
-		if _, err := os.Stat(*program); err != nil {
-			return fmt.Errorf("looking for a program to measure: %w; make bench builds it", err)
-		}
+	if *coredns, err = filepath.Abs(*coredns); err != nil {
+		return err
+	}
+	if _, err := os.Stat(*coredns); err != nil {
+		return fmt.Errorf("looking for the program to measure: %w; run make, or name it with -binary", err)
 	}
 	os.Setenv("PATH", os.Getenv("PATH")+":/usr/sbin:/sbin")
 	cpus, err := layOut()
@@ -95,9 +91,6 @@ func run() (err error) {
 	}
 	defer up.stop()
 
-	if *profile != "" {
-		return b.writeProfile(*profile)
-	}
 	fmt.Print(b.heading(chosen, missing))
 	t := newTable(chosen)
 	for round := range *rounds {
@@ -137,10 +130,7 @@ func choose(cpus layout) (chosen []*subject, missing []string, err error) {
 			}
 			continue
 		}
-		switch s.path = *coredns; {
-		case s.plain:
-			s.path = *plainDNS
-		case s.program != "":
+		if s.path = *coredns; s.program != "" {
 			if s.path, err = exec.LookPath(s.program); err != nil && asked != nil {
 				return nil, nil, fmt.Errorf("finding %s: %w; apt-get install %s", s.name, err, s.pkg)
 			} else if err != nil {

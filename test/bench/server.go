@@ -177,31 +177,33 @@ func (r *result) String() string {
 	return s.String()
 }
 
-// launch starts a server, and returns how long it took to its first answer.
-func (b *bench) launch(sub *subject) (s *server, took time.Duration, err error) {
+// measure starts a server, fills its cache, and measures it.
+func (b *bench) measure(sub *subject) (_ *result, err error) {
 	dir, err := os.MkdirTemp(b.dir, sub.name)
 	if err != nil {
-		return nil, 0, err
+		return nil, err
 	}
 	// With room to spare: caches that are divided into parts fill them unevenly.
 	room := max(4*len(b.zone.queries), 10000)
 	if err := os.WriteFile(filepath.Join(dir, sub.file), []byte(sub.config(room)), 0o644); err != nil {
-		return nil, 0, err
+		return nil, err
 	}
 	cmd := exec.Command(sub.path, sub.args...)
 	cmd.Dir = dir
 	cmd.Env = append(os.Environ(), sub.env...)
-	if s, err = b.start(cmd, b.cpus.server(sub.cpus)); err != nil {
-		return nil, 0, err
+	s, err := b.start(cmd, b.cpus.server(sub.cpus))
+	if err != nil {
+		return nil, err
 	}
-	if took, err = b.await(s, serverAddr); err != nil {
-		return nil, 0, errors.Join(err, s.stop())
-	}
-	return s, took, nil
-}
+	defer func() { err = errors.Join(err, s.stop()) }()
 
-// ask fills a server's cache, and asks it at each rate in turn.
-func (b *bench) ask(s *server, sub *subject, rates []int) (points []point, err error) {
+	r := &result{exe: size(sub.path)}
+	if r.start, err = b.await(s, serverAddr); err != nil {
+		return nil, err
+	}
+	if r.idle, err = s.rss(); err != nil {
+		return nil, err
+	}
 	err = b.ns.Do(func() error {
 		l, err := newLoad(b.zone, serverAddr, !(sub.cpus > 1 && !b.cpus.spare))
 		if err != nil {
@@ -211,41 +213,19 @@ func (b *bench) ask(s *server, sub *subject, rates []int) (points []point, err e
 		if err := l.fill(); err != nil {
 			return fmt.Errorf("filling the cache: %w", err)
 		}
-		for _, rate := range rates {
-			p, err := l.run(rate, *duration, s.pid)
-			if err != nil {
+		for i, rate := range rates {
+			if r.points[i], err = l.run(rate, *duration, s.pid); err != nil {
 				return fmt.Errorf("at %s: %w", rateName(rate), err)
 			}
 			if err := s.alive(); err != nil {
 				return err
 			}
-			points = append(points, p)
 		}
 		return nil
 	})
 	if err != nil {
 		return nil, fmt.Errorf("%w\n%s", err, s.log.tail())
 	}
-	return points, nil
-}
-
-// measure starts a server, fills its cache, and measures it.
-func (b *bench) measure(sub *subject) (_ *result, err error) {
-	r := &result{exe: size(sub.path)}
-	s, took, err := b.launch(sub)
-	if err != nil {
-		return nil, err
-	}
-	defer func() { err = errors.Join(err, s.stop()) }()
-	r.start = took
-	if r.idle, err = s.rss(); err != nil {
-		return nil, err
-	}
-	points, err := b.ask(s, sub, rates[:])
-	if err != nil {
-		return nil, err
-	}
-	r.points = [len(rates)]point(points)
 	r.loaded, err = s.rss()
 	return r, err
 }

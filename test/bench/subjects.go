@@ -3,7 +3,6 @@ package main
 import (
 	"fmt"
 	"net/netip"
-	"strings"
 )
 
 // Where the servers and the authoritative server behind them listen.
@@ -18,7 +17,6 @@ type subject struct {
 	name    string // for -subjects
 	label   string // in tables
 	program string // "" for *coredns
-	plain   bool   // *plainDNS
 	pkg     string // of Debian
 	version string // the option that prints it
 	c       bool   // counts among the C caches, to which others are compared
@@ -40,11 +38,11 @@ func names(all []*subject) (n []string) {
 
 var subjects = []*subject{
 	{name: "fastpath", label: "nodecache with fastpath", cpus: 1, file: "Corefile", args: []string{"-conf", "Corefile"},
-		env: []string{"GOMAXPROCS=1"}, config: corefile(fastpath, cache)},
+		env: []string{"GOMAXPROCS=1"}, config: corefile("nodecache {\n interface none\n firewall none\n fastpath %[3]d\n }")},
 	{name: "nodecache", label: "nodecache", cpus: 1, file: "Corefile", args: []string{"-conf", "Corefile"},
-		env: []string{"GOMAXPROCS=1"}, config: corefile(nodecache, cache)},
-	{name: "coredns", label: "CoreDNS", plain: true, version: "-version", cpus: 1, file: "Corefile", args: []string{"-conf", "Corefile"},
-		env: []string{"GOMAXPROCS=1"}, config: corefile(cache)},
+		env: []string{"GOMAXPROCS=1"}, config: corefile("nodecache {\n interface none\n firewall none\n }")},
+	{name: "coredns", label: "CoreDNS", version: "-version", cpus: 1, file: "Corefile", args: []string{"-conf", "Corefile"},
+		env: []string{"GOMAXPROCS=1"}, config: corefile("")},
 	{name: "unbound", label: "unbound", program: "unbound", pkg: "unbound", version: "-V", c: true, cpus: 1,
 		file: "unbound.conf", args: []string{"-d", "-p", "-c", "unbound.conf"}, config: unbound},
 	{name: "dnsdist", label: "dnsdist", program: "dnsdist", pkg: "dnsdist", version: "--version", c: true, cpus: 1,
@@ -54,21 +52,24 @@ var subjects = []*subject{
 	{name: "knot-resolver", label: "Knot Resolver", program: "kresd", pkg: "knot-resolver", version: "--version", c: true, cpus: 1,
 		file: "kresd.conf", args: []string{"-n", "-c", "kresd.conf", "."}, config: kresd},
 	{name: "fastpath-2cpu", label: "nodecache with fastpath, two CPUs", cpus: 2, file: "Corefile", args: []string{"-conf", "Corefile"},
-		env: []string{"GOMAXPROCS=2"}, config: corefile(fastpath, cache)},
+		env: []string{"GOMAXPROCS=2"}, config: corefile("nodecache {\n interface none\n firewall none\n fastpath %[3]d\n }")},
 }
 
-// What a node's cache has, but for the rules of a firewall and an interface of its own,
-// which the others do not have either.
-const (
-	nodecache = "nodecache {\n interface none\n firewall none\n }"
-	fastpath  = "nodecache {\n interface none\n firewall none\n fastpath %[3]d\n }"
-	cache     = "cache {\n  success %[3]d\n }"
-)
-
-func corefile(plugins ...string) func(room int) string {
+// corefile is what a node's cache has, but for the rules of a firewall and an interface
+// of its own, which the others do not have either.
+func corefile(nodecache string) func(room int) string {
 	return func(room int) string {
-		return fmt.Sprintf("# With room for %[3]d names.\n.:53 {\n bind %[1]v\n "+strings.Join(plugins, "\n ")+
-			"\n prometheus 127.0.0.1:9253\n errors\n forward . %[2]v\n}\n", serverAddr.Addr(), upstreamAddr, room)
+		return fmt.Sprintf(`.:53 {
+ bind %[1]v
+ `+nodecache+`
+ prometheus 127.0.0.1:9253
+ errors
+ cache {
+  success %[3]d
+ }
+ forward . %[2]v
+}
+`, serverAddr.Addr(), upstreamAddr, room)
 	}
 }
 
