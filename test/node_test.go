@@ -114,7 +114,9 @@ func (n *node) corefile(properties ...string) string { return n.block(".:53", al
 
 // plainBlock is a server block that nodecache is no part of.
 func plainBlock(key, bind string, lines ...string) string {
-	lines = append([]string{"bind " + bind, "errors", "cache 30", "forward . " + lab.DNSAddr.String()}, lines...)
+	// Slow answers come after lab.SlowFor, and on a busy machine later than forward waits by default.
+	forward := "forward . " + lab.DNSAddr.String() + " {\n        read_timeout 4s\n    }"
+	lines = append([]string{"bind " + bind, "errors", "cache 30", forward}, lines...)
 	return key + " {\n    " + strings.Join(lines, "\n    ") + "\n}\n"
 }
 

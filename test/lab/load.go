@@ -288,19 +288,13 @@ var (
 
 func (w *worker) ask(to netip.AddrPort, q []byte) error {
 	begun := time.Now()
-	if err := w.connect(to); err != nil {
-		return err
-	}
-	answer, err := w.exchange(q)
+	answer, err := w.try(to, q)
 	if errors.Is(err, errClosed) {
 		// A server may close a connection between two queries, and one that shuts
 		// down does: the client is to try again (RFC 7766, 6.2.4).
 		w.result.Retried++
 		w.close()
-		if err := w.connect(to); err != nil {
-			return err
-		}
-		answer, err = w.exchange(q)
+		answer, err = w.try(to, q)
 	}
 	if err != nil {
 		return err
@@ -316,6 +310,13 @@ func (w *worker) ask(to netip.AddrPort, q []byte) error {
 	w.result.latencies = append(w.result.latencies, time.Since(begun))
 	w.running.answered()
 	return nil
+}
+
+func (w *worker) try(to netip.AddrPort, q []byte) ([]byte, error) {
+	if err := w.connect(to); err != nil {
+		return nil, err
+	}
+	return w.exchange(q)
 }
 
 // connect makes sure of a socket to an address.
@@ -344,7 +345,10 @@ func (w *worker) connect(to netip.AddrPort) (err error) {
 			return fmt.Errorf("setting a timeout: %w", err)
 		}
 	}
-	if err := retry(func() error { return unix.Connect(w.fd, addr) }); err != nil {
+	switch err := retry(func() error { return unix.Connect(w.fd, addr) }); {
+	case errors.Is(err, unix.ECONNRESET): // the server has closed it before it accepted it
+		return errClosed
+	case err != nil:
 		return fmt.Errorf("connecting: %w", err)
 	}
 	return nil
