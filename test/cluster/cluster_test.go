@@ -3,6 +3,7 @@ package cluster
 import (
 	"bufio"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/netip"
@@ -178,6 +179,16 @@ func newSite(t *testing.T, kit, mode string) *site {
 		s.kubectl("rollout", "status", "deployment/"+from, "--timeout=3m")
 	}
 	s.show("get", "pods", "--all-namespaces", "--output=wide")
+	// kube-proxy learns somewhat later that the pods of the cluster's DNS are ready.
+	for _, from := range clients {
+		load := lab.Load{Proto: "udp", To: clusterIP, Zone: zone, Count: 16, Workers: workers, Timeout: 500 * time.Millisecond}
+		s.must(poll("the cluster answers "+from, func() error {
+			if r := s.ask(from, []lab.Load{load})(false)[0]; !r.AllAnswered(true) {
+				return errors.New(r.String())
+			}
+			return nil
+		}))
+	}
 	s.answers(true)
 	s.news()
 	return s
