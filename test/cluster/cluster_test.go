@@ -481,6 +481,16 @@ func (s *site) killed(what, backend string) {
 		s.container(selector, id)
 	})
 	s.answers(false)
+	// The DaemonSet's controller looks at a pod again minReadySeconds after it became ready, but
+	// of two such looks that it has before it only the earlier one takes place. An update until
+	// then would stand still after its new pod has become ready.
+	s.must(poll("the pod counts as available", func() error {
+		out, err := s.Kubectl(namespace, "get", "daemonset", ours, "--output=jsonpath={.items[*].status.numberAvailable}")
+		if err == nil && out != "1" {
+			err = fmt.Errorf("%q pods are available", out)
+		}
+		return err
+	}))
 }
 
 func (s *site) overlaid(overlay string) {
