@@ -234,7 +234,7 @@ func (s *fastSocket) run(l *fastListener, answering *counter) {
 // that a hit can be late for it.
 const (
 	gatherUpTo = 3
-	gatherFor  = 400 * time.Microsecond
+	gatherFor  = 550 * time.Microsecond
 )
 
 // yieldEvery is how often a worker lets Go's scheduler see that it is alive. A

@@ -24,6 +24,8 @@ const (
 	batch   = 64   // packets of one system call
 	fewest  = 100  // answers of a measurement
 	atLeast = 0.97 // of the wanted rate
+	busy    = 0.9  // of its CPUs, for a server to count as saturated
+	tries   = 4    // of a measurement that something else disturbs
 
 	giveUp   = time.Second      // on a query
 	patience = 10 * time.Second // beyond a measurement's end, while there are fewer answers
@@ -38,6 +40,7 @@ type point struct {
 	lost      int // no answer within a second
 	missed    int // asked of the authoritative server
 	rate      int // wanted
+	cpus      int // that the server may use
 }
 
 // perMillion is the CPU seconds of a million answers.
@@ -45,9 +48,13 @@ func (p point) perMillion() float64 { return p.cpu.Seconds() / float64(p.answers
 
 func (p point) kqps() float64 { return float64(p.answers) / p.wall.Seconds() / 1e3 }
 
-// busy is the share of one CPU that the server had.
-func (p point) busy() float64 { return p.cpu.Seconds() / p.wall.Seconds() }
+// share is the share of its CPUs that the server had.
+func (p point) share() float64 { return p.cpu.Seconds() / p.wall.Seconds() / float64(p.cpus) }
 
+// idle tells whether a server that was to be saturated was not.
+func (p point) idle() bool { return p.rate == 0 && p.share() < busy }
+
+// slow tells whether the load or the server did not keep up with the rate.
 func (p point) slow() bool { return p.kqps()*1e3 < atLeast*float64(p.rate) }
 
 // latency is the time in which a share of the answers came, in microseconds.
@@ -59,8 +66,8 @@ func (p point) latency(share float64) float64 {
 }
 
 func (p point) String() string {
-	return fmt.Sprintf("%.2f s/M, %.1f kq/s, CPU %.0f %%, p50 %.0f p99 %.0f us, %d sent, %d lost, %d missed",
-		p.perMillion(), p.kqps(), 100*p.busy(), p.latency(.5), p.latency(.99), p.sent, p.lost, p.missed)
+	return fmt.Sprintf("%.2f s/M, %.1f kq/s, CPUs %.0f %%, p50 %.0f p99 %.0f us, %d sent, %d lost, %d missed",
+		p.perMillion(), p.kqps(), 100*p.share(), p.latency(.5), p.latency(.99), p.sent, p.lost, p.missed)
 }
 
 // A load sends queries and checks answers, on one thread. As it never sleeps, no server
