@@ -153,7 +153,7 @@ func choose(cpus layout) (chosen []*subject, missing []string, err error) {
 func (b *bench) heading(chosen []*subject, missing []string) string {
 	var h strings.Builder
 	kernel, _ := exec.Command("uname", "-sr").Output()
-	fmt.Fprintf(&h, "`go run ./test/bench %s`, %s, %d × %s, %s\n\n", strings.Join(os.Args[1:], " "),
+	fmt.Fprintf(&h, "`%s`, %s, %d × %s, %s\n\n", strings.Join(append([]string{"go run ./test/bench"}, os.Args[1:]...), " "),
 		strings.TrimSpace(string(kernel)), b.cpus.count, cpuModel(), time.Now().Format(time.DateOnly))
 	var versions []string
 	for _, s := range chosen {
