@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"runtime"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -537,9 +538,9 @@ func TestFastListenerCloses(t *testing.T) {
 	}
 }
 
-// hitter returns a function that has a worker answer a batch of packets. The answers
-// go to a socket that nobody reads.
-func hitter(t testing.TB) func() {
+// hitter returns a function that has a worker of its own answer a batch of packets from
+// v's table. The answers go to a socket that nobody reads.
+func hitter(t testing.TB, v *serving, count *counts) func() {
 	sink, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 	must(t, err)
 	t.Cleanup(func() { unix.Close(sink) })
@@ -550,12 +551,10 @@ func hitter(t testing.TB) func() {
 	s, err := openSocket(endpoint{addr: netip.MustParseAddr("127.0.0.1"), proto: "udp"})
 	must(t, err)
 	t.Cleanup(s.close)
-	v := &serving{table: newAnswerTable(defaultEntries)}
 	p := newPackets(s.fd)
-	count := []prometheus.Counter{prometheus.NewCounter(prometheus.CounterOpts{Name: "x"})}
 	for i := range batch {
 		a, q := entry(t, i)
-		a.counts = &counts{counters: count}
+		a.counts = count
 		v.table.add(a, sinceEpoch())
 		p.recv[i].len = uint32(copy(p.in[i][:], q))
 		*(*unix.RawSockaddrInet4)(unsafe.Pointer(&p.from[i])) = unix.RawSockaddrInet4{
@@ -573,19 +572,45 @@ func hitter(t testing.TB) func() {
 	return hit
 }
 
+// fullCounts returns as many counters and histograms as a block with cache and prometheus has.
+func fullCounts() *counts {
+	c := new(counts)
+	for range 4 {
+		c.counters = append(c.counters, prometheus.NewCounter(prometheus.CounterOpts{Name: "x"}))
+	}
+	for _, o := range []*prometheus.Observer{&c.duration, &c.requestSize, &c.responseSize} {
+		*o = prometheus.NewHistogram(prometheus.HistogramOpts{Name: "x", Buckets: prometheus.ExponentialBuckets(1, 2, 16)})
+	}
+	return c
+}
+
 func TestHitAllocatesNothing(t *testing.T) {
-	if n := testing.AllocsPerRun(100, hitter(t)); n != 0 {
+	hit := hitter(t, &serving{table: newAnswerTable(defaultEntries)}, fullCounts())
+	if n := testing.AllocsPerRun(100, hit); n != 0 {
 		t.Errorf("%v allocations for %d hits", n, batch)
 	}
 }
 
-// One operation is one hit, with its part of a system call that sends.
+// One operation is one hit, with its part of a system call that sends. With -cpu 1,2
+// the ratio is what a second CPU brings: each has a worker, and the table, its answers
+// and the counters are everyone's.
 func BenchmarkHit(b *testing.B) {
-	hit := hitter(b)
-	b.ReportAllocs()
-	for i := 0; i < b.N; i += batch {
-		hit()
+	v, count := &serving{table: newAnswerTable(defaultEntries)}, fullCounts()
+	var workers []func()
+	for range runtime.GOMAXPROCS(0) {
+		workers = append(workers, hitter(b, v, count))
 	}
+	var next atomic.Int32
+	b.ReportAllocs()
+	b.ResetTimer()
+	b.RunParallel(func(pb *testing.PB) {
+		hit := workers[next.Add(1)-1]
+		for i := 0; pb.Next(); i++ {
+			if i%batch == 0 {
+				hit()
+			}
+		}
+	})
 }
 
 // One operation is one look-up.
