@@ -45,7 +45,13 @@ var events = []event{
 		return s.runs("ip addr del "+lab.ClusterIP.String()+"/32 dev "+linkName, "ip addr del "+lab.LinkLocal.String()+"/32 dev "+linkName)
 	}},
 	{name: "link renamed", removes: true, happen: func(s *site) error {
-		return s.runs("ip link set "+linkName+" down", "ip link set "+linkName+" name stolen")
+		// Linux before 6.2 renames only what is down, and the repair may be faster.
+		for try := 1; ; try++ {
+			err := s.runs("ip link set "+linkName+" down", "ip link set "+linkName+" name stolen")
+			if err == nil || try == 10 || !strings.Contains(err.Error(), "busy") {
+				return err
+			}
+		}
 	}},
 	{name: "rules flushed", removes: true, after: 3 * time.Second, happen: func(s *site) error {
 		if s.firewall == "nftables" {
