@@ -118,7 +118,15 @@ func (m *member) show(p presence) error {
 	if m.listener != nil {
 		return nil
 	}
-	if m.listener, err = net.Listen("unix", m.name); err != nil {
+	// A program that this process was starting while it hid has the socket open until
+	// its exec, and the name with it.
+	for deadline := time.Now().Add(askLimit); ; time.Sleep(turnPoll) {
+		m.listener, err = net.Listen("unix", m.name)
+		if !errors.Is(err, unix.EADDRINUSE) || time.Now().After(deadline) {
+			break
+		}
+	}
+	if err != nil {
 		return fmt.Errorf("listening on the unix socket %s: %w", m.name, err)
 	}
 	go m.answer(m.listener)

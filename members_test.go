@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -210,6 +211,19 @@ func TestMemberShowsWhatItWantsUntilItHides(t *testing.T) {
 	if o, err := b.ask(); err != nil || !o.wants.empty() {
 		t.Errorf("it sees itself: %+v, error %v", o, err)
 	}
+}
+
+// The open copy is what a program has between its fork and its exec.
+func TestMemberShowsItselfAgainWhileItsSocketIsOpenElsewhere(t *testing.T) {
+	needRoot(t)
+	m := newMember()
+	defer m.hide()
+	must(t, m.show(presence{}))
+	held, err := m.listener.(*net.UnixListener).File()
+	must(t, err)
+	m.hide()
+	time.AfterFunc(10*turnPoll, func() { held.Close() })
+	must(t, m.show(presence{}))
 }
 
 func TestTurnsDoNotOverlap(t *testing.T) {
