@@ -199,17 +199,33 @@ func (n *netif) ensure(addrs []netip.Addr) (missing []netip.Addr, err error) {
 		}
 		err := netlink.AddrAdd(l, netlinkAddr(a))
 		switch {
-		case errors.Is(err, unix.EEXIST):
-			continue // somebody was faster
+		case err == nil:
+			missing = append(missing, a)
+		case errors.Is(err, unix.EEXIST): // somebody was faster
 		case errors.Is(err, unix.EACCES) && a.Is6():
 			err = fmt.Errorf("%w (IPv6 is switched off here: see the sysctl net.ipv6.conf.%s.disable_ipv6)", err, n.name)
 			fallthrough
-		case err != nil:
+		default:
 			return missing, setupError(errInterfaceAdd, fmt.Errorf("adding %s to %s: %w", a, n.name, err))
 		}
-		missing = append(missing, a)
+		if a.Is6() {
+			if err := makeLocal(l, a); err != nil {
+				log.Warningf("adding the local route of %s to %s: %v; until the kernel does, packets to it are lost", a, n.name, err)
+			}
+		}
 	}
 	return missing, nil
+}
+
+// makeLocal has what is sent to a, a new IPv6 address of l, stay on the node. The
+// kernel makes the address's prefix route at once, but its local route later, from a
+// work queue (addrconf_dad_work, Linux 6.1 and 6.18), and on a busy node more than a
+// second later: what comes in between leaves by the link, and is lost. A server that
+// listens already attracts it, as its socket has the rules in force.
+func makeLocal(l netlink.Link, a netip.Addr) error {
+	r := localRoute(l, a)
+	r.Protocol, r.Priority = unix.RTPROT_KERNEL, besideKernels
+	return netlink.RouteReplace(r)
 }
 
 // prune takes every address but addrs from the link, and the link away if none
@@ -248,8 +264,8 @@ func (n *netif) remove(l netlink.Link, addrs []netip.Addr) error {
 		if err := netlink.AddrDel(l, netlinkAddr(a)); err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) {
 			return fmt.Errorf("removing %s from %s: %w", a, n.name, err)
 		}
-		// The kernel lets a route that unprefer has changed stay, and with it nobody
-		// else on the network could be reached at this address.
+		// The kernel lets a local route of ours stay, and with it nobody else on the
+		// network could be reached at this address.
 		netlink.RouteDel(localRoute(l, a))
 	}
 	return nil
@@ -310,10 +326,9 @@ func (n *netif) sendFrom(a netip.Addr, src net.IP) {
 	r := localRoute(l, a)
 	r.Src, r.Protocol = src, unix.RTPROT_KERNEL
 	if a.Is6() {
-		// The kernel's own route has the metric 0, which nobody else can write: ours
-		// comes beside it, and then the kernel's can go. When ours names no source the
-		// kernel takes the address itself.
-		r.Priority, r.Scope = 1, 0
+		// Ours comes beside the kernel's, which then can go. When ours names no source
+		// the kernel takes the address itself.
+		r.Priority, r.Scope = besideKernels, 0
 		if src.Equal(a.AsSlice()) {
 			r.Src = nil
 		}
@@ -327,6 +342,10 @@ func (n *netif) sendFrom(a netip.Addr, src net.IP) {
 		log.Debugf("having the node send from %s to %s: %v", src, a, err)
 	}
 }
+
+// besideKernels is the metric of local routes of ours for IPv6. The kernel's own have
+// 0, which nobody else can write.
+const besideKernels = 1
 
 // localRoute is the route that the kernel makes with an address.
 func localRoute(l netlink.Link, a netip.Addr) *netlink.Route {
