@@ -223,9 +223,7 @@ func (n *netif) ensure(addrs []netip.Addr) (missing []netip.Addr, err error) {
 // second later: what comes in between leaves by the link, and is lost. A server that
 // listens already attracts it, as its socket has the rules in force.
 func makeLocal(l netlink.Link, a netip.Addr) error {
-	r := localRoute(l, a)
-	r.Protocol, r.Priority = unix.RTPROT_KERNEL, besideKernels
-	return netlink.RouteReplace(r)
+	return netlink.RouteReplace(ourRoute(l, a, a.AsSlice()))
 }
 
 // prune takes every address but addrs from the link, and the link away if none
@@ -323,16 +321,7 @@ func (n *netif) sendFrom(a netip.Addr, src net.IP) {
 	if err != nil || l == nil {
 		return
 	}
-	r := localRoute(l, a)
-	r.Src, r.Protocol = src, unix.RTPROT_KERNEL
-	if a.Is6() {
-		// Ours comes beside the kernel's, which then can go. When ours names no source
-		// the kernel takes the address itself.
-		r.Priority, r.Scope = besideKernels, 0
-		if src.Equal(a.AsSlice()) {
-			r.Src = nil
-		}
-	}
+	r := ourRoute(l, a, src)
 	if err = netlink.RouteReplace(r); err == nil && a.Is6() {
 		if has, e := metrics(r); e == nil && slices.Contains(has, 0) {
 			err = netlink.RouteDel(localRoute(l, a)) // of those that match, the one with the lowest metric
@@ -343,9 +332,21 @@ func (n *netif) sendFrom(a netip.Addr, src net.IP) {
 	}
 }
 
-// besideKernels is the metric of local routes of ours for IPv6. The kernel's own have
-// 0, which nobody else can write.
-const besideKernels = 1
+// ourRoute is the local route to a that this program makes, for the node's own programs
+// to send from src. The kernel's own for IPv6 has the metric 0, which nobody else can
+// write: ours comes beside it, and then the kernel's can go. When ours names no source
+// the kernel takes the address itself.
+func ourRoute(l netlink.Link, a netip.Addr, src net.IP) *netlink.Route {
+	r := localRoute(l, a)
+	r.Src, r.Protocol = src, unix.RTPROT_KERNEL
+	if a.Is6() {
+		r.Priority = 1
+		if src.Equal(a.AsSlice()) {
+			r.Src = nil
+		}
+	}
+	return r
+}
 
 // localRoute is the route that the kernel makes with an address.
 func localRoute(l netlink.Link, a netip.Addr) *netlink.Route {
