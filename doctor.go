@@ -55,7 +55,7 @@ type site struct {
 }
 
 func (n *node) site(cfg *config) site {
-	s := site{links: map[string]bool{}, placed: cfg.addrs, listeners: cfg.listeners(), backends: map[string]bool{}, ask: n.member.ask}
+	s := site{links: map[string]bool{}, placed: cfg.addrs, listeners: cfg.listeners(), backends: map[string]bool{}, ask: func() (others, error) { return n.member.ask(askLimit) }}
 	for name := range n.netifs {
 		s.links[name] = true
 	}

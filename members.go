@@ -30,6 +30,8 @@ const (
 	// askLimit is how long another process may take to answer. One that does not
 	// answer is stopped or starved, and its wants are not known.
 	askLimit = time.Second
+	// askLimitAtExit is the same for an exit.
+	askLimitAtExit = 300 * time.Millisecond
 	// turnLimit is how long to wait for the others to finish a change.
 	turnLimit = 10 * time.Second
 	turnPoll  = 2 * time.Millisecond
@@ -159,7 +161,7 @@ func (m *member) answer(l net.Listener) {
 }
 
 // ask returns what the other processes want.
-func (m *member) ask() (others, error) {
+func (m *member) ask(within time.Duration) (others, error) {
 	o := others{wants: state{}, serves: map[endpoint]bool{}, states: map[string]int{}}
 	list, err := os.ReadFile("/proc/thread-self/net/unix")
 	if err != nil {
@@ -254,8 +256,8 @@ func askOne(name string) (p presence, err error) {
 
 // turn waits until no other process is changing the node's link or rules, and
 // returns what ends this process's turn. The kernel ends that of one that dies.
-func turn() (end func(), err error) {
-	deadline := time.Now().Add(turnLimit)
+func turn(within time.Duration) (end func(), err error) {
+	deadline := time.Now().Add(within)
 	looked := false
 	for {
 		l, err := net.Listen("unix", lockName)

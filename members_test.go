@@ -61,7 +61,7 @@ func TestReloadKeepsTwinsAddress(t *testing.T) {
 	fw.heard()
 	eventually(t, "the reload is complete", func() bool { return len(fw.heard()) > 0 })
 	closeAll(socks)
-	must(t, a.replaced(old))
+	a.replaced(old)
 	wantCarried(t, testLink, "10.96.0.10", "fd00:20::10")
 	if got := gone(); !slices.Equal(got, []string{"169.254.20.10"}) {
 		t.Errorf("gone, if only for a moment, are %v", got)
@@ -150,7 +150,7 @@ func TestTwinHeedsWhoLeaves(t *testing.T) {
 	if rules != dnsOf("10.96.0.10", "169.254.20.10", "fd00:20::10") || heeded != dnsOf("10.96.0.10") {
 		t.Errorf("while the first one leaves, the second has rules for %s and heeds that it leaves %s", rules, heeded)
 	}
-	o, err := b.member.ask()
+	o, err := b.member.ask(askLimit)
 	must(t, err)
 	if len(o.serves) != 0 {
 		t.Errorf("the one that leaves shows that it serves %v", o.serves)
@@ -169,7 +169,7 @@ func TestMemberShowsWhatItWantsUntilItHides(t *testing.T) {
 	defer b.hide()
 	p := presence{Links: map[string][]netip.Addr{testLink: addrs("169.254.20.10")}, Rules: show(dnsOn("fd00:20::10")), Serves: show([]endpoint{extraPort("10.96.0.10", 8080)})}
 	ask := func() others {
-		o, err := a.ask()
+		o, err := a.ask(askLimit)
 		must(t, err)
 		return o
 	}
@@ -208,7 +208,7 @@ func TestMemberShowsWhatItWantsUntilItHides(t *testing.T) {
 		t.Error("it shows itself again, unseen")
 	}
 	// To oneself one is no other.
-	if o, err := b.ask(); err != nil || !o.wants.empty() {
+	if o, err := b.ask(askLimit); err != nil || !o.wants.empty() {
 		t.Errorf("it sees itself: %+v, error %v", o, err)
 	}
 }
@@ -228,13 +228,13 @@ func TestMemberShowsItselfAgainWhileItsSocketIsOpenElsewhere(t *testing.T) {
 
 func TestTurnsDoNotOverlap(t *testing.T) {
 	needRoot(t)
-	end, err := turn()
+	end, err := turn(turnLimit)
 	must(t, err)
 	second := make(chan func(), 1)
 	asked := make(chan bool)
 	go func() {
 		close(asked)
-		end, err := turn()
+		end, err := turn(turnLimit)
 		if err != nil {
 			t.Error(err)
 		}
@@ -252,7 +252,7 @@ func TestTurnsDoNotOverlap(t *testing.T) {
 	}
 	end()
 	(<-second)()
-	end, err = turn()
+	end, err = turn(turnLimit)
 	must(t, err)
 	end()
 }
@@ -301,7 +301,7 @@ func listenAs(t *testing.T, user int, name string) {
 func TestOtherUsersAreIgnored(t *testing.T) {
 	a, fw := newTestNode(t)
 	listenAs(t, 65534, memberPrefix+"stranger")
-	o, err := a.member.ask()
+	o, err := a.member.ask(askLimit)
 	must(t, err)
 	if o.unknown || !o.wants.empty() || len(o.serves) > 0 || len(o.states) > 0 {
 		t.Errorf("of another user's process it takes %+v", o)
@@ -319,7 +319,7 @@ func TestOtherUsersAreIgnored(t *testing.T) {
 func TestRootsProcessIsAsked(t *testing.T) {
 	a, _ := newTestNode(t)
 	listenAs(t, 0, memberPrefix+"twin")
-	o, err := a.member.ask()
+	o, err := a.member.ask(askLimit)
 	must(t, err)
 	if o.wants.empty() || o.states[processServing] != 1 {
 		t.Errorf("of root's process it takes %+v", o)
@@ -336,7 +336,7 @@ func TestOtherUsersDoNotHoldTheTurn(t *testing.T) {
 			if !ignored {
 				return // it would take its turn to the end
 			}
-			end, err := turn()
+			end, err := turn(turnLimit)
 			must(t, err)
 			end()
 		})

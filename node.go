@@ -1,6 +1,7 @@
 package nodecache
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"maps"
@@ -22,9 +23,20 @@ const (
 	// settle is how long CoreDNS has had all sockets before a start counts as
 	// successful: when one more of them fails, the reload has been reverted by then.
 	settle = 50 * time.Millisecond
-	// drainLimit bounds the wait for answers at an exit. With the lock's wait it
-	// stays within the 30 s that Kubernetes gives a pod.
+	// exitLimit bounds an exit from the moment it begins, lameduck included: its turns,
+	// waits for locks and the drain share it. Kubernetes gives a pod 30 s.
+	exitLimit = 25 * time.Second
+	// exitLeast is what of exitLimit is left after a lameduck, however long it was, and
+	// after a drain: enough to take away what has to go.
+	exitLeast = 5 * time.Second
+	// drainLimit bounds the wait for answers at an exit.
 	drainLimit = 10 * time.Second
+	// politeness is how long all turns of an exit wait together for other processes that
+	// are changing the node, or have stopped half way.
+	politeness = 500 * time.Millisecond
+	// retryFirst is how soon what could not be taken away is tried again; each further
+	// pause is twice as long, up to the sync interval.
+	retryFirst = time.Second
 	// stopLimit bounds the wait of a reload for answers of fastpath's, as CoreDNS bounds
 	// its own.
 	stopLimit = 5 * time.Second
@@ -51,7 +63,10 @@ type node struct {
 	poked     chan struct{} // rules of ours may be gone
 	reported  chan struct{} // links or addresses have changed, ours or others
 	ruleset   chan struct{} // nf_tables have changed, ours or others
+	retry     chan struct{} // what is owed may be tried again
 	startOnce sync.Once
+	exiting   context.Context // done when an exit begins
+	beginExit context.CancelFunc
 	ready     atomic.Bool
 	answering counter
 	fast      fastpath
@@ -63,13 +78,20 @@ type node struct {
 	fighting bool          // that limit was reached
 	leaving  state         // of want, what this process is about to give up
 
-	running   *config // in force, nil before the first
-	starting  *config // of an instance that is on its way up
-	want      state   // what was last made to stand
+	running  *config // in force, nil before the first
+	starting *config // of an instance that is on its way up
+	want     state   // what was last made to stand
+	// goal is what the last reduction was to leave; owing says that it has not been
+	// reached, since something failed, and is tried again after pause.
+	goal      state
+	owing     bool
+	pause     time.Duration
 	netifs    map[string]*netif
 	firewalls map[string]firewall
 	auto      string // what the backend auto has come out as
 	exited    bool
+	exitBegan time.Time       // zero before
+	patience  time.Duration   // what of politeness is left
 	faulty    map[string]bool // backends whose last ensure failed
 	exits     *net.UnixConn   // where other processes tell of theirs
 	syncTick  *time.Ticker
@@ -84,6 +106,8 @@ func newNode() *node {
 		poked:     make(chan struct{}, 1),
 		reported:  make(chan struct{}, 1),
 		ruleset:   make(chan struct{}, 1),
+		retry:     make(chan struct{}, 1),
+		patience:  politeness,
 		member:    newMember(),
 		calm:      rate.NewLimiter(rate.Every(time.Second), 10),
 		netifs:    map[string]*netif{},
@@ -92,6 +116,7 @@ func newNode() *node {
 		syncTick:  time.NewTicker(defaultSync),
 	}
 	n.syncTick.Stop()
+	n.exiting, n.beginExit = context.WithCancel(context.Background())
 	n.fast = fastpath{answering: &n.answering, listeners: map[endpoint]*fastListener{}}
 	return n
 }
@@ -106,12 +131,21 @@ func (n *node) do(f func() error) error {
 
 func (n *node) run() {
 	for {
+		// What CoreDNS waits for, an exit above all, goes before all that can wait.
+		select {
+		case f := <-n.work:
+			f()
+			continue
+		default:
+		}
 		select {
 		case f := <-n.work:
 			f()
 		case <-n.syncTick.C:
 			n.repair(false, "the check every "+n.syncEvery.String())
 			n.examineAgain()
+		case <-n.retry:
+			n.settle()
 		case <-n.poked:
 			n.onReport(n.poked, false)
 		case <-n.reported:
@@ -165,21 +199,28 @@ func poke(c chan struct{}) {
 func (n *node) links() (names []string) {
 	n.do(func() error {
 		names = slices.Collect(maps.Keys(n.netifs))
-		o, err := n.member.ask()
+		o, err := n.member.ask(askLimit)
 		names = slices.AppendSeq(names, maps.Keys(o.wants.links))
 		return err
 	})
 	return names
 }
 
-// inTurn runs f while no other process changes the node, knowing what they want.
+// inTurn runs f while no other process changes the node, knowing what they want. An exit
+// waits for a turn as long as its politeness lasts, and then goes on without.
 func (n *node) inTurn(f func() error) error {
-	end, err := turn()
+	within, answers := turnLimit, askLimit
+	if n.exited {
+		within, answers = n.patience, askLimitAtExit
+	}
+	began := time.Now()
+	end, err := turn(within)
+	n.patience -= min(time.Since(began), n.patience)
 	if err != nil {
 		return err
 	}
 	defer end()
-	if n.others, err = n.member.ask(); err != nil {
+	if n.others, err = n.member.ask(answers); err != nil {
 		return err
 	}
 	return f()
@@ -259,11 +300,8 @@ func (n *node) bring(cfg *config) error {
 	if n.running == nil && !first {
 		// The instance in force has no callback of ours that would tell of a failure.
 		for _, i := range caddy.Instances() {
-			i.StorageMu.RLock()
-			own := i.Storage[configKey{}] == cfg
-			i.StorageMu.RUnlock()
-			if !own {
-				i.OnRestartFailed = append(i.OnRestartFailed, func() error { return n.abandon(cfg) })
+			if configOf(i) != cfg {
+				i.OnRestartFailed = append(i.OnRestartFailed, func() error { n.abandon(cfg); return nil })
 			}
 		}
 	}
@@ -272,26 +310,26 @@ func (n *node) bring(cfg *config) error {
 }
 
 // abandon takes everything back when a reload that brought the directive failed.
-func (n *node) abandon(cfg *config) error {
-	return n.do(func() error {
+func (n *node) abandon(cfg *config) {
+	n.do(func() error {
 		if n.starting != cfg && n.running != cfg || n.exited {
 			return nil
 		}
 		n.running, n.starting = nil, nil
-		return n.over()
+		n.over()
+		return nil
 	})
 }
 
 // over takes everything back, for want of a configuration.
-func (n *node) over() error {
+func (n *node) over() {
 	n.ready.Store(false)
 	n.syncTick.Stop()
 	n.fast.only(nil)
-	err := count(n.reduce(state{}))
+	if n.reduceTo(state{}) {
+		log.Infof("no server block in force has nodecache; nothing of it is on the node any more")
+	}
 	n.serve(state{})
-	n.member.hide()
-	log.Infof("no server block in force has nodecache; nothing of it is on the node any more")
-	return err
 }
 
 // serves returns what CoreDNS listens on for the configuration in force, and goes on to.
@@ -420,30 +458,66 @@ func (n *node) rules(want state) error {
 	return errors.Join(errs...)
 }
 
+// reduceTo has the node come to what want says, now or, where something fails, later: it
+// is tried again with growing pauses and at each sync. The callbacks that call it must not
+// fail: for an error of OnShutdown caddy takes a reload as failed, although the new
+// instance serves, and never reloads by itself again.
+func (n *node) reduceTo(want state) (done bool) {
+	n.goal, n.pause = want, retryFirst
+	return n.tryGoal()
+}
+
+func (n *node) tryGoal() (done bool) {
+	err := n.reduce(n.goal)
+	n.owing = err != nil
+	if n.owing {
+		log.Errorf("taking away what is not needed any more: %v; trying again in %s", count(err), n.pause)
+		time.AfterFunc(n.pause, func() { poke(n.retry) })
+		n.pause = min(2*n.pause, max(n.syncEvery, retryFirst))
+	}
+	return !n.owing
+}
+
+// settle tries again what is owed, unless a start is on its way, which has a reduction of
+// its own to follow.
+func (n *node) settle() {
+	if n.owing && n.starting == nil && !n.exited {
+		n.tryGoal()
+	}
+}
+
 // reduce takes from the node what is there beyond want and the wants of other
 // processes: rules first, since an address that goes before its rules is a
 // black hole. It shows the others the new want in the same turn, so that the last
 // one to leave knows that it is.
 func (n *node) reduce(want state) error {
 	defer n.observe()
+	if n.exited || n.running == nil {
+		// Before the others are asked: of two that leave at once, without a turn if
+		// need be, at least one knows that it is the last.
+		n.member.hide()
+	}
 	return n.inTurn(func() error {
 		left := n.leaving
 		n.leaving = state{}
-		if n.exited {
-			n.member.hide()
-		} else if err := n.show(want, n.serves()); err != nil {
-			return err
+		if !n.exited && n.running != nil {
+			if err := n.show(want, n.serves()); err != nil {
+				n.leaving = left
+				return err
+			}
 		}
-		var err error
-		if !left.empty() || !maps.EqualFunc(want.rules, n.want.rules, slices.Equal) {
-			err = n.rules(want)
+		if n.owing || !left.empty() || !maps.EqualFunc(want.rules, n.want.rules, slices.Equal) {
+			if err := n.rules(want); err != nil {
+				n.leaving = left
+				return err
+			}
 		}
 		for name, i := range n.netifs {
 			i.prefer(want.minus(want.minus(left)).links[name]) // what stays after all
 		}
 		n.sweep()
 		n.want = want
-		return errors.Join(err, n.prune(want))
+		return n.prune(want)
 	})
 }
 
@@ -526,10 +600,7 @@ func (n *node) complete(cfg *config, began time.Time) {
 		// beyond its needs can go.
 		n.running, n.starting = cfg, nil
 		n.fast.only(cfg)
-		if err := n.reduce(target); err != nil {
-			log.Errorf("%v", count(err))
-			return
-		}
+		n.reduceTo(target)
 	}
 	n.ready.Store(true)
 	lastSync.SetToCurrentTime()
@@ -598,25 +669,49 @@ func (n *node) restarting(cfg *config, yes bool) {
 }
 
 // revert is OnRestartFailed of the instance of cfg, which goes on.
-func (n *node) revert(cfg *config) error {
-	return n.do(func() error {
+func (n *node) revert(cfg *config) {
+	if stopped(cfg) {
+		// Another plugin's OnShutdown has failed, after the new instance had taken over.
+		n.restarting(cfg, true)
+		n.replaced(cfg)
+		return
+	}
+	n.do(func() error {
 		if (n.starting == nil || n.starting == cfg) && n.leaving.empty() || n.exited {
 			return nil
 		}
 		n.running, n.starting = cfg, nil
 		n.tick(cfg.sync())
-		err := count(n.reduce(cfg.state(false, n.resolve)))
-		n.serve(n.want)
-		return err
+		n.reduceTo(cfg.state(false, n.resolve))
+		n.serve(n.goal)
+		return nil
 	})
 }
 
+// stopped tells whether CoreDNS has stopped the instance of cfg, in favour of another.
+func stopped(cfg *config) bool {
+	instances := caddy.Instances()
+	return len(instances) > 0 && !slices.ContainsFunc(instances, func(i *caddy.Instance) bool { return configOf(i) == cfg })
+}
+
+// configOf returns the config of an instance, or nil where no block of it has nodecache.
+func configOf(i *caddy.Instance) *config {
+	i.StorageMu.RLock()
+	defer i.StorageMu.RUnlock()
+	cfg, _ := i.Storage[configKey{}].(*config)
+	return cfg
+}
+
 // replaced is OnShutdown of the instance of cfg. In a reload its servers have
-// stopped and the new instance serves. At an exit nothing is done here: the
-// servers still answer, and exit follows.
-func (n *node) replaced(cfg *config) error {
+// stopped and the new instance serves. At an exit nothing is done here, but that its
+// time begins: the servers still answer, health may let its lameduck pass, and exit
+// follows.
+func (n *node) replaced(cfg *config) {
 	ours := func() bool { return cfg.restarting && !n.exited && (n.running == cfg || n.starting == cfg) }
 	n.do(func() error {
+		if !cfg.restarting && n.exitBegan.IsZero() {
+			n.exitBegan = time.Now()
+		}
 		if ours() {
 			next := n.starting
 			if next == cfg {
@@ -627,7 +722,7 @@ func (n *node) replaced(cfg *config) error {
 		return nil
 	})
 	n.fast.finish(stopLimit)
-	return n.do(func() error {
+	n.do(func() error {
 		if !ours() {
 			return nil
 		}
@@ -637,12 +732,13 @@ func (n *node) replaced(cfg *config) error {
 		}
 		n.starting = nil
 		if n.running == nil {
-			return n.over()
+			n.over()
+			return nil
 		}
 		want := n.running.state(false, n.resolve)
-		err := count(n.reduce(want))
+		n.reduceTo(want)
 		n.serve(want)
-		return err
+		return nil
 	})
 }
 
@@ -650,6 +746,7 @@ func (n *node) replaced(cfg *config) error {
 // has arrived is answered. It is called on every way out and a second call waits
 // for the first.
 func (n *node) exit() {
+	n.beginExit() // what is under way is cut short
 	n.do(func() error {
 		if n.exited {
 			return nil
@@ -664,23 +761,29 @@ func (n *node) exit() {
 			return nil
 		}
 		began := time.Now()
+		by := began.Add(exitLimit)
+		if !n.exitBegan.IsZero() {
+			by = n.exitBegan.Add(exitLimit)
+		}
+		if least := began.Add(exitLeast); by.Before(least) {
+			by = least
+		}
 		kept := cfg.state(true, n.resolve)
 		n.leave(n.want.minus(kept))
 		es := cfg.listeners()
 		if n.starting != nil && n.starting != cfg {
 			es = append(es, n.starting.listeners()...)
 		}
-		givenUp := n.drain(es, !kept.empty(), began.Add(drainLimit))
-		if err := n.reduce(kept); err != nil {
-			log.Errorf("%v", count(err))
-			return nil
-		}
+		givenUp := n.drain(es, !kept.empty(), earlier(time.Now().Add(drainLimit), by.Add(-exitLeast)))
+		left := n.reduceBy(kept, by)
 		took := time.Since(began).Round(time.Millisecond)
 		lastWords{Seconds: took.Seconds(), GivenUp: givenUp}.tell(n.member.id())
 		if n.exits != nil {
 			n.exits.Close()
 		}
 		switch _, rulesGo := n.firewalls[backendNFT]; {
+		case left != nil:
+			log.Errorf("left after %s, but not all of nodecache is off the node: %v; the next nodecache process here takes over what has stayed, which is without effect on queries until then", took, count(left))
 		case !n.others.wants.empty() || n.others.unknown:
 			log.Infof("left after %s; what another process serves stays in place", took)
 		case kept.empty():
@@ -692,6 +795,32 @@ func (n *node) exit() {
 		}
 		return nil
 	})
+}
+
+func earlier(a, b time.Time) time.Time {
+	if a.Before(b) {
+		return a
+	}
+	return b
+}
+
+// reduceBy tries to reach what is to stay after an exit until it has or its time is up,
+// and returns what has failed then.
+func (n *node) reduceBy(kept state, by time.Time) error {
+	for {
+		err := n.reduce(kept)
+		if err == nil {
+			return nil
+		}
+		if time.Until(by) < retryFirst {
+			// Nobody listens any more, so rules that have stayed are out of force,
+			// and no query needs the addresses.
+			n.want = kept
+			return errors.Join(err, n.prune(kept))
+		}
+		log.Warningf("leaving: %v; trying again", err)
+		time.Sleep(retryFirst / 5)
+	}
 }
 
 // drain answers what has arrived on es. First the sockets whose queries another
@@ -780,7 +909,13 @@ func (n *node) dropped() {
 // repair puts back what somebody else has removed; with links, only links and
 // addresses, which takes no process.
 func (n *node) repair(links bool, why string) {
-	if n.want.empty() || n.exited {
+	if n.exited || n.exiting.Err() != nil {
+		return
+	}
+	if !links && n.owing {
+		n.settle()
+	}
+	if n.want.empty() {
 		return
 	}
 	var missing map[string]int

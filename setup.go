@@ -68,8 +68,8 @@ func setup(c *caddy.Controller) error {
 		c.OnStartup(func() error { return wrap(cfg.attachFast(ctx)) })
 		c.OnStartup(func() error { return wrap(theNode.start(cfg)) })
 		c.OnRestart(func() error { theNode.restarting(cfg, true); return nil })
-		c.OnRestartFailed(func() error { theNode.restarting(cfg, false); return wrap(theNode.revert(cfg)) })
-		c.OnShutdown(func() error { return wrap(theNode.replaced(cfg)) })
+		c.OnRestartFailed(func() error { theNode.restarting(cfg, false); theNode.revert(cfg); return nil })
+		c.OnShutdown(func() error { theNode.replaced(cfg); return nil })
 	}
 	fast := b.fast
 	// Without fastpath too: a reload may turn it off.
