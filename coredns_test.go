@@ -1,6 +1,7 @@
 package nodecache
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -10,6 +11,7 @@ import (
 
 	"github.com/coredns/caddy"
 	"github.com/coredns/coredns/core/dnsserver"
+	"github.com/coredns/coredns/plugin"
 	"github.com/miekg/dns"
 
 	_ "github.com/coredns/coredns/plugin/bind"
@@ -161,5 +163,39 @@ func TestProcessExitRunsNodesExit(t *testing.T) {
 	}
 	if theNode.ready.Load() {
 		t.Error("it is still ready")
+	}
+}
+
+// failsToShutDown is a plugin whose OnShutdown fails, which caddy takes for a reload that
+// has failed although the new instance serves by then.
+const failsToShutDown = "failstoshutdown"
+
+func init() {
+	plugin.Register(failsToShutDown, func(c *caddy.Controller) error {
+		c.OnShutdown(func() error { return errors.New("not today") })
+		return nil
+	})
+}
+
+func TestAnotherPluginFailsToShutDown(t *testing.T) {
+	for _, place := range []string{"before nodecache", "after nodecache"} {
+		t.Run(place, func(t *testing.T) {
+			c := newCoreDNS(t)
+			dnsserver.Directives = []string{"bind", "nodecache", failsToShutDown, "whoami"}
+			if place == "before nodecache" {
+				dnsserver.Directives = []string{"bind", failsToShutDown, "nodecache", "whoami"}
+			}
+			must(t, c.start(strings.Replace(serverBlock("example.org", "", "169.254.20.10", "fd00:20::10"), "whoami", failsToShutDown+"\nwhoami", 1)))
+			wantError(t, c.reload(serverBlock("example.org", "", "fd00:20::10", "10.96.0.10")), "not today")
+			// In force is the new one, whatever CoreDNS says.
+			for _, i := range caddy.Instances() {
+				c.instance = i
+			}
+			wantCarried(t, testLink, "fd00:20::10", "10.96.0.10")
+			c.wantAnswers("fd00:20::10", "10.96.0.10")
+			must(t, c.reload(serverBlock("example.org", "", "169.254.20.10")))
+			wantCarried(t, testLink, "169.254.20.10")
+			c.wantAnswers("169.254.20.10")
+		})
 	}
 }
