@@ -32,8 +32,15 @@ KERNEL_RUN ?= Link|Prefer|Address|Park|Adopt|EnsureMakes|NFT|Exit|Skipteardown|H
 E2E_RUN ?= Dummy|LinkStaysDown|WithDefaults|ExitLeavesNodeAsItWas//empty|KillFallsThrough
 KERNEL_TIMEOUT ?= 1200
 
+# Which of them continuity measures, by default all: such as EVENTS=SIGTERM,SIGKILL SUBJECTS=nftables.
+EVENTS ?=
+SUBJECTS ?=
+
 # How often each thing is removed.
 REPAIRS ?= 20
+
+# A program of test/, which is a module of its own, run from here.
+run = go build -C test -o $(CURDIR)/build/$(1) ./$(1) && build/$(1)
 
 FUZZTIME ?= 5m
 # Percent of the package's statements.
@@ -52,17 +59,18 @@ full: ## Build ./coredns with all of CoreDNS's plugins.
 .PHONY: test
 test: deps coredns image-root ## Run all tests; those with network namespaces need root, and skip without.
 	go test -count=1 -timeout 40m ./...
+	go test -C test -count=1 -timeout 40m ./...
 
 .PHONY: e2e
 e2e: deps coredns image-root ## Run the end-to-end tests alone (needs root).
-	go test -count=1 -timeout 20m ./test/...
+	go test -C test -count=1 -timeout 20m ./...
 
 .PHONY: test-kernel
 test-kernel: coredns ## Run the tests on Debian's kernel, which has the dummy driver, in QEMU.
 	test/deps ip iptables nft xz
 	mkdir -p build
 	go test -c -o build/nodecache.test .
-	go test -c -o build/e2e.test ./test
+	go test -C test -c -o ../build/e2e.test .
 	IN_KERNEL_TIMEOUT=$(KERNEL_TIMEOUT) test/in-kernel \
 		build/nodecache.test -test.v -test.timeout 0 -test.run '$(KERNEL_RUN)'
 	cd test && IN_KERNEL_TIMEOUT=$(KERNEL_TIMEOUT) IN_KERNEL_ENV=LAB_SCALE LAB_SCALE=0.02 ./in-kernel \
@@ -77,8 +85,8 @@ MODE ?=
 .PHONY: test-cluster
 test-cluster: deps image-root $(CLUSTER)/bin/kube $(CLUSTER)/root ## Apply the manifests to a Kubernetes of one node on this machine, and count lost queries (needs root).
 	go build -tags '$(TAGS),full' -ldflags '$(LDFLAGS)' -o $(CLUSTER)/bin/coredns ./cmd/coredns
-	go build -ldflags '-s -w' -o $(CLUSTER)/bin/ask ./test/cluster/ask
-	CLUSTER_KIT=$(CURDIR)/$(CLUSTER) go test -count=1 -timeout 60m -v -run '/$(MODE)' ./test/cluster
+	go build -C test -ldflags '-s -w' -o $(CURDIR)/$(CLUSTER)/bin/ask ./cluster/ask
+	CLUSTER_KIT=$(CURDIR)/$(CLUSTER) go test -C test -count=1 -timeout 60m -v -run '/$(MODE)' ./cluster
 
 # All of Kubernetes in one binary, which takes minutes: only when its source is newer.
 $(CLUSTER)/bin/kube: $(wildcard test/cluster/kube/*)
@@ -95,48 +103,50 @@ $(CLUSTER)/root: test/cluster/packages
 
 .PHONY: demo
 demo: deps coredns ## Show the cache at work in network namespaces of this machine (needs root).
-	go run ./test/demo
+	$(call run,demo)
 
 .PHONY: continuity
 continuity: deps coredns ## Measure what clients notice of exits, crashes and the like (needs root).
-	go run ./test/continuity
+	$(call run,continuity) $(if $(EVENTS),-events $(EVENTS)) $(if $(SUBJECTS),-subjects $(SUBJECTS))
 
 .PHONY: repairs
 repairs: deps coredns ## Measure how soon removed things are back, and what many addresses take (needs root).
-	go run ./test/continuity -repairs $(REPAIRS) -subjects all
-	go run ./test/continuity -rules -subjects all
+	$(call run,continuity) -repairs $(REPAIRS) -subjects all
+	build/continuity -rules -subjects all
 
 .PHONY: repairs-kernel
 repairs-kernel: coredns ## Measure repairs on Debian's kernel, which has the dummy driver, in QEMU (slow).
 	test/deps ip iptables nft xz
-	go build -o build/continuity ./test/continuity
+	go build -C test -o ../build/continuity ./continuity
 	IN_KERNEL_TIMEOUT=$(KERNEL_TIMEOUT) test/in-kernel build/continuity -repairs $(REPAIRS) -subjects all
 
 .PHONY: sizing
 sizing: deps coredns ## Measure memory against cached answers and server blocks (needs root).
-	go run ./test/sizing
+	$(call run,sizing)
 
 .PHONY: monitoring-test
 monitoring-test: deps coredns ## Test the alerts and the dashboard with Prometheus (needs root).
 	test/deps promtool prometheus
-	go test -count=1 -timeout 10m -v -run Monitoring ./test
+	go test -C test -count=1 -timeout 10m -v -run Monitoring .
 
 .PHONY: dashboard-picture
 dashboard-picture: deps coredns ## Draw docs/dashboard.svg from real data (needs root).
 	test/deps prometheus
-	go run ./test/picture >docs/dashboard.svg.new
+	$(call run,picture) >docs/dashboard.svg.new
 	mv docs/dashboard.svg.new docs/dashboard.svg
 
 .PHONY: bench
 bench: coredns ## Measure what an answer costs, beside plain CoreDNS and the C caches that are installed (needs root).
-	go run ./test/bench
+	$(call run,bench)
 	go test -run '^$$' -bench Hit -cpu 1,2 -count 3 .
 
 .PHONY: lint
 lint: ## Run go vet, staticcheck, gofmt and shellcheck.
 	go vet ./...
 	go vet -tags full ./cmd/...
+	go vet -C test ./...
 	go run $(STATICCHECK) ./...
+	cd test && go run $(STATICCHECK) ./...
 	@files=$$(gofmt -l .); [ -z "$$files" ] || { echo "not formatted by gofmt: $$files" >&2; exit 1; }
 	test/deps shellcheck
 	shellcheck $(SCRIPTS)
@@ -172,7 +182,7 @@ manifests: ## Copy the manifests of k8s/base to where they are applied as they a
 .PHONY: sbom
 sbom: coredns ## Write build/sbom.json, the modules of ./coredns with their licences (CycloneDX).
 	mkdir -p build
-	go run ./cmd/sbom -version $(VERSION) ./coredns >build/sbom.json
+	$(call run,sbom) -version $(VERSION) ./coredns >build/sbom.json
 
 .PHONY: bump-coredns
 bump-coredns: ## Build on CoreDNS TO (the latest), and run all checks and tests (needs root).

@@ -1,7 +1,7 @@
 // Bench measures what a cached answer costs, of nodecache and of other caches, in one
 // run on one machine.
 //
-//	go run ./test/bench
+//	make bench
 //
 // Every server forwards to the same authoritative server, has one CPU, and is asked for
 // names that it has in its cache, over UDP: as fast as it answers, then 20,000 and
@@ -153,7 +153,7 @@ func choose(cpus layout) (chosen []*subject, missing []string, err error) {
 func (b *bench) heading(chosen []*subject, missing []string) string {
 	var h strings.Builder
 	kernel, _ := exec.Command("uname", "-sr").Output()
-	fmt.Fprintf(&h, "`%s`, %s, %d × %s, %s\n\n", strings.Join(append([]string{"go run ./test/bench"}, os.Args[1:]...), " "),
+	fmt.Fprintf(&h, "`%s`, %s, %d × %s, %s\n\n", strings.Join(os.Args, " "),
 		strings.TrimSpace(string(kernel)), b.cpus.count, cpuModel(), time.Now().Format(time.DateOnly))
 	var versions []string
 	for _, s := range chosen {

@@ -1,7 +1,7 @@
 // Continuity measures what clients notice of what can happen to a node's cache:
 // reloads, exits, crashes, updates, and other programs that remove what it needs.
 //
-//	go run ./test/continuity
+//	make continuity
 //
 // It asks 2,000 queries a second, from a pod and from the node itself, over sockets
 // that are new for each query and over kept ones, for names that are cached, that are
@@ -83,7 +83,7 @@ func run() (err error) {
 		return fmt.Errorf("no subject is called %s", *which)
 	}
 	kernel, _ := exec.Command("uname", "-sr").Output()
-	fmt.Printf("`go run ./test/continuity %s`, %s, %s\n\n", strings.Join(os.Args[1:], " "), strings.TrimSpace(string(kernel)), time.Now().Format(time.DateOnly))
+	fmt.Printf("`%s`, %s, %s\n\n", strings.Join(os.Args, " "), strings.TrimSpace(string(kernel)), time.Now().Format(time.DateOnly))
 	switch {
 	case *times > 0:
 		return repairs(*times, chosen)

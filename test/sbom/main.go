@@ -1,9 +1,9 @@
 // Command sbom lists what a binary is made of, as CycloneDX 1.6 in JSON: the modules
 // that its build information names, each with its version, its hash and the licences
 // that its files in the module cache say. It fails if a module has no licence that it
-// knows.
+// knows. It runs in the folder of the binary's module; make sbom does.
 //
-//	go run ./cmd/sbom ./coredns >sbom.json
+//	sbom ./coredns >sbom.json
 package main
 
 import (

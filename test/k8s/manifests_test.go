@@ -1,5 +1,5 @@
 // Package k8s tests the manifests: what can be said of them without starting anything.
-// test/manifests_test.go starts what they say.
+// manifests_test.go of the folder above starts what they say.
 package k8s
 
 import (
@@ -21,6 +21,15 @@ import (
 
 	"github.com/contentful-labs/coredns-nodecache/test/manifest"
 )
+
+// TestMain runs the tests in the folder of the manifests.
+func TestMain(m *testing.M) {
+	if err := os.Chdir(filepath.Join("..", "..", "k8s")); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	os.Exit(m.Run())
+}
 
 // variant is what one way to apply the manifests has to come to.
 type variant struct {
