@@ -34,26 +34,28 @@ func extraPort(a string, port uint16) endpoint {
 	return endpoint{addr: addr(a), proto: "tcp", port: port, extra: true}
 }
 
-// saved is the tables as of an iptables-save's output.
-func saved(text string) *table {
-	t := &table{chains: map[string][]string{}}
-	for line := range strings.Lines(text) {
-		switch f := strings.Fields(line); {
-		case strings.HasPrefix(line, ":"):
-			t.chains[f[0][1:]] = nil
-		case strings.HasPrefix(line, "-A "):
-			t.chains[f[1]] = append(t.chains[f[1]], strings.TrimSpace(line))
-		}
-	}
-	return t
+// saved is a table as of an iptables-save's output, less its first and last line.
+func saved(t testing.TB, name, text string) *table {
+	t.Helper()
+	got, err := readTable(name, "*"+name+"\n"+text+"COMMIT\n")
+	must(t, err)
+	return got
+}
+
+// printed is a table as a variant's program prints it.
+func (v *variant) printed(t testing.TB, f family, name string) *table {
+	t.Helper()
+	got, err := readTable(name, v.run(t, f.program()+"-save", "-t", name))
+	must(t, err)
+	return got
 }
 
 func TestInputOfIPTablesRestore(t *testing.T) {
 	v4, v6 := dnsOn("169.254.20.10", "10.96.0.10"), dnsOn("fd00:20::10")
-	none := map[string]*table{"raw": saved(""), "filter": saved("")}
+	none := map[string]*table{"raw": saved(t, "raw", ""), "filter": saved(t, "filter", "")}
 	// Two processes at once could leave a jump twice.
 	doubled := map[string]*table{
-		"raw": saved(`:PREROUTING ACCEPT [0:0]
+		"raw": saved(t, "raw", `:PREROUTING ACCEPT [0:0]
 :OUTPUT ACCEPT [0:0]
 :NODECACHE-PREROUTING - [0:0]
 :NODECACHE-OUTPUT - [0:0]
@@ -62,17 +64,33 @@ func TestInputOfIPTablesRestore(t *testing.T) {
 -A PREROUTING -m comment --comment "nodecache: DNS cache of this node" -j NODECACHE-PREROUTING
 -A OUTPUT -m comment --comment "nodecache: DNS cache of this node" -j NODECACHE-OUTPUT
 `),
-		"filter": saved(":INPUT ACCEPT [0:0]\n:OUTPUT ACCEPT [0:0]\n"),
+		"filter": saved(t, "filter", ":INPUT ACCEPT [0:0]\n:OUTPUT ACCEPT [0:0]\n"),
+	}
+	// Of another process and of another release, and one of nobody's.
+	shared := map[string]*table{
+		"raw": saved(t, "raw", `:NODECACHE-PREROUTING - [0:0]
+-A NODECACHE-PREROUTING -d 10.9.9.9/32 -p udp -m udp --dport 53 -m socket --transparent -m comment --comment "nodecache: queries to 10.9.9.9:53/udp" -j NOTRACK
+-A NODECACHE-PREROUTING -d 169.254.20.10/32 -p udp -m comment --comment "nodecache: new words for 169.254.20.10:53/udp" -j NOTRACK
+-A NODECACHE-PREROUTING -d 10.8.8.8/32 -p udp -m comment --comment "nodecache: queries to 10.8.8.8:53/udp" -j NOTRACK
+-A NODECACHE-PREROUTING -p udp -j ACCEPT
+`),
+		"filter": saved(t, "filter", ""),
+	}
+	script := func(x *xtables, have map[string]*table, own []endpoint, o standing) []byte {
+		return x.plan(have, own, o).script()
 	}
 	for name, input := range map[string][]byte{
-		"v4":        (&xtables{family: ipv4}).script(none, v4, nil),
-		"v6":        (&xtables{family: ipv6}).script(none, v6, nil),
-		"extra":     (&xtables{family: ipv4}).script(none, append(dnsOn("169.254.20.10"), extraPort("169.254.20.10", 8080)), nil),
-		"leaving":   (&xtables{family: ipv4}).chains([]string{"raw"}, v4, v4[:2]),
-		"no-recent": (&xtables{family: ipv6, noRecent: true}).script(none, v6, nil),
-		"repair":    (&xtables{family: ipv4}).script(doubled, dnsOn("169.254.20.10"), nil),
-		"removal":   (&xtables{family: ipv4}).script(doubled, nil, nil),
-		"nothing":   (&xtables{family: ipv4}).script(none, nil, nil),
+		"v4":        script(&xtables{family: ipv4}, none, v4, standing{}),
+		"v6":        script(&xtables{family: ipv6}, none, v6, standing{}),
+		"extra":     script(&xtables{family: ipv4}, none, append(dnsOn("169.254.20.10"), extraPort("169.254.20.10", 8080)), standing{}),
+		"leaving":   script(&xtables{family: ipv4}, none, v4, standing{leaving: v4[:2]}),
+		"no-recent": script(&xtables{family: ipv6, noRecent: true}, none, v6, standing{}),
+		"repair":    script(&xtables{family: ipv4}, doubled, dnsOn("169.254.20.10"), standing{}),
+		"removal":   script(&xtables{family: ipv4}, doubled, nil, standing{}),
+		"nothing":   script(&xtables{family: ipv4}, none, nil, standing{}),
+		"others":    script(&xtables{family: ipv4}, shared, dnsOn("169.254.20.10")[:1], standing{others: dnsOn("10.9.9.9", "169.254.20.10", "10.7.7.7")}),
+		"last":      script(&xtables{family: ipv4}, shared, dnsOn("169.254.20.10")[:1], standing{}),
+		"unknown":   script(&xtables{family: ipv4}, shared, dnsOn("169.254.20.10")[:1], standing{unknown: true, leaving: dnsOn("169.254.20.10")}),
 	} {
 		file := filepath.Join("testdata", "restore-"+name+".golden")
 		if *update {
@@ -214,7 +232,7 @@ func (v *variant) flush(t testing.TB) {
 func remove(t testing.TB, fw firewall) {
 	t.Helper()
 	fw.serve(nil)
-	_, err := fw.ensure(nil)
+	_, err := fw.ensure(t.Context(), nil, standing{})
 	must(t, err)
 }
 
@@ -240,8 +258,8 @@ func wantRules(t *testing.T, v *variant, x *xtables, es []endpoint) {
 func wantChains(t *testing.T, v *variant, x *xtables, es, leaving []endpoint) {
 	t.Helper()
 	for _, h := range hooks {
-		have := saved(v.run(t, x.family.program()+"-save", "-t", h.table))
-		want := x.rules(h, es, leaving)
+		have := v.printed(t, x.family, h.table)
+		want := x.rules(h, es, set(leaving))
 		lines := have.chains[h.chain]
 		if len(lines) != len(want) {
 			t.Errorf("%s %s has %d rules, want %d:\n%s", h.table, h.chain, len(lines), len(want), strings.Join(lines, "\n"))
@@ -249,7 +267,7 @@ func wantChains(t *testing.T, v *variant, x *xtables, es, leaving []endpoint) {
 		}
 		for i, r := range want {
 			line := hostPrefix.ReplaceAllString(lines[i], "")
-			for _, o := range append(options(r.match), `--comment "`+r.comment+`"`, "-j "+r.target) {
+			for _, o := range append(options(r.match), `--comment "`+r.comment()+`"`, "-j "+r.target) {
 				if !strings.Contains(line, o) {
 					t.Errorf("%s %s: rule %d is %q, want %q in it", h.table, h.chain, i, line, o)
 				}
@@ -266,7 +284,7 @@ func TestEnsureMakesExactlyTheRules(t *testing.T) {
 	variants(t, func(t *testing.T, v *variant) {
 		fw := newIPTables(nil)
 		es := append(dnsOn("169.254.20.10", "10.96.0.10", "fd00:20::10"), extraPort("169.254.20.10", 8080), extraPort("fd00:20::10", 8080))
-		n, err := fw.ensure(es)
+		n, err := fw.ensure(t.Context(), es, standing{})
 		must(t, err)
 		all := 0
 		for f, x := range fw.families {
@@ -287,7 +305,7 @@ func TestEnsureMakesExactlyTheRules(t *testing.T) {
 			t.Errorf("the backend calls itself %q, want the version and %s", got, want)
 		}
 		// Fewer endpoints, then another family only.
-		_, err = fw.ensure(es[:2])
+		_, err = fw.ensure(t.Context(), es[:2], standing{})
 		must(t, err)
 		wantRules(t, v, fw.families[ipv4], ofFamily(es[:2], ipv4))
 		if text := v.rules(t); strings.Contains(text, "fd00:20::10") {
@@ -302,10 +320,10 @@ func TestSecondEnsureWritesNothing(t *testing.T) {
 		v.count(t)
 		fw := newIPTables(nil)
 		es := append(dnsOn("169.254.20.10", "fd00:20::10"), extraPort("169.254.20.10", 8080))
-		_, err := fw.ensure(es)
+		_, err := fw.ensure(t.Context(), es, standing{})
 		must(t, err)
 		v.called(t)
-		if n, err := fw.ensure(es); n != 0 || err != nil {
+		if n, err := fw.ensure(t.Context(), es, standing{}); n != 0 || err != nil {
 			t.Errorf("a second ensure found %d missing, error %v", n, err)
 		}
 		for _, c := range v.called(t) {
@@ -358,14 +376,14 @@ func TestForeignRulesAreUntouched(t *testing.T) {
 			}
 			fw := newIPTables(nil)
 			for _, es := range [][]endpoint{dnsOn("169.254.20.10", "fd00:20::10"), dnsOn("fd00:20::10"), dnsOn("10.96.0.10")} {
-				_, err := fw.ensure(es)
+				_, err := fw.ensure(t.Context(), es, standing{})
 				must(t, err)
 				for f, x := range fw.families {
 					if x.written {
 						wantRules(t, v, x, ofFamily(es, f))
 					}
 				}
-				must(t, fw.leave(es, es))
+				must(t, fw.leave(t.Context(), es))
 				if got := withoutOurs(); got != before {
 					t.Errorf("foreign rules read\n%s\nwant\n%s", got, before)
 				}
@@ -387,7 +405,7 @@ func TestEnsureRepairs(t *testing.T) {
 			}
 			f := familyOf(es[0].addr)
 			fw := newIPTables(nil)
-			_, err := fw.ensure(es)
+			_, err := fw.ensure(t.Context(), es, standing{})
 			must(t, err)
 			jump := []string{"-m", "comment", "--comment", "nodecache: DNS cache of this node", "-j"}
 			for _, h := range hooks {
@@ -407,7 +425,7 @@ func TestEnsureRepairs(t *testing.T) {
 					for _, args := range damage.args {
 						v.run(t, program, append([]string{"-t", h.table}, args...)...)
 					}
-					n, err := fw.ensure(es)
+					n, err := fw.ensure(t.Context(), es, standing{})
 					if err != nil || damage.missing >= 0 && n != damage.missing || damage.missing < 0 && n == 0 {
 						t.Errorf("%s %s %s: %d were missing, want %d; error %v", program, damage.what, h.chain, n, damage.missing, err)
 					}
@@ -426,12 +444,12 @@ func TestRulesOfKilledProcessAreAdopted(t *testing.T) {
 	variants(t, func(t *testing.T, v *variant) {
 		killed := newIPTables(nil) // its rules stay, and nothing of its memory
 		old := dnsOn("169.254.20.10", "fd00:20::10")
-		_, err := killed.ensure(old)
+		_, err := killed.ensure(t.Context(), old, standing{})
 		must(t, err)
 
 		fw := newIPTables(nil)
 		es := dnsOn("10.96.0.10")
-		_, err = fw.ensure(es)
+		_, err = fw.ensure(t.Context(), es, standing{})
 		must(t, err)
 		wantRules(t, v, fw.families[ipv4], es)
 		if text := v.rules(t); strings.Contains(text, "fd00:20::10") || strings.Contains(text, "169.254.20.10") {
@@ -446,10 +464,10 @@ func TestRulesOfKilledProcessAreAdopted(t *testing.T) {
 func TestSameRulesOfKilledProcessAreRemoved(t *testing.T) {
 	variants(t, func(t *testing.T, v *variant) {
 		es := dnsOn("169.254.20.10", "fd00:20::10")
-		_, err := newIPTables(nil).ensure(es)
+		_, err := newIPTables(nil).ensure(t.Context(), es, standing{})
 		must(t, err)
 		fw := newIPTables(nil)
-		n, err := fw.ensure(es)
+		n, err := fw.ensure(t.Context(), es, standing{})
 		must(t, err)
 		if n != 0 {
 			t.Errorf("%d rules were missing, want none", n)
@@ -458,55 +476,15 @@ func TestSameRulesOfKilledProcessAreRemoved(t *testing.T) {
 	})
 }
 
-// Where a process does not say what it wants, what stands for it stays, and what it
-// was leaving stays left; where it says so again, the rest goes.
-func TestKeepsWhatStands(t *testing.T) {
-	variants(t, func(t *testing.T, v *variant) {
-		silent, fw := newIPTables(nil), newIPTables(nil)
-		theirs := append(dnsOn("169.254.20.11", "fd00:20::11", "169.254.20.12"), extraPort("169.254.20.11", 8080))
-		_, err := silent.ensure(theirs)
-		must(t, err)
-		must(t, silent.leave(theirs, dnsOn("169.254.20.12")))
-		own := dnsOn("169.254.20.10", "fd00:20::10")
-		all := append(append(slices.Clone(own), dnsOn("169.254.20.11")...), extraPort("169.254.20.11", 8080))
-		all = append(append(all, dnsOn("169.254.20.12")...), dnsOn("fd00:20::11")...)
-		stand := func(es, leaving []endpoint) {
-			t.Helper()
-			sorted := func(es []endpoint) []endpoint {
-				return state{rules: map[string][]endpoint{"": slices.Clone(es)}}.sorted().rules[""]
-			}
-			for f, x := range fw.families {
-				if got, want := list(sorted(x.es)), list(sorted(ofFamily(es, f))); got != want {
-					t.Errorf("IPv%d: rules stand for %s, want %s", f, got, want)
-				}
-				wantChains(t, v, x, x.es, ofFamily(leaving, f))
-			}
-		}
-		fw.heed(nil, true)
-		_, err = fw.ensure(own)
-		must(t, err)
-		stand(all, dnsOn("169.254.20.12")[:1])
-		must(t, fw.leave(own, dnsOn("fd00:20::10")))
-		stand(all, append(dnsOn("169.254.20.12")[:1], dnsOn("fd00:20::10")...))
-		_, err = fw.ensure(nil)
-		must(t, err)
-		fw.heed(nil, false)
-		_, err = fw.ensure(own)
-		must(t, err)
-		stand(own, nil)
-		remove(t, fw)
-	})
-}
-
 func TestLeaveTakesRulesForNewUDPQueriesOnly(t *testing.T) {
 	variants(t, func(t *testing.T, v *variant) {
 		fw := newIPTables(nil)
 		es := dnsOn("169.254.20.10", "10.96.0.10", "fd00:20::10")
-		must(t, fw.leave(es, es)) // of nothing, before anything was made
-		_, err := fw.ensure(es)
+		must(t, fw.leave(t.Context(), es)) // of nothing, before anything was made
+		_, err := fw.ensure(t.Context(), es, standing{})
 		must(t, err)
 		gone := dnsOn("169.254.20.10", "fd00:20::10")
-		must(t, fw.leave(es, gone))
+		must(t, fw.leave(t.Context(), gone))
 		for f, x := range fw.families {
 			wantChains(t, v, x, ofFamily(es, f), ofFamily(gone, f))
 		}
@@ -549,7 +527,7 @@ func TestStandsNoticesWhatIPTablesNFTDoes(t *testing.T) {
 		if !fw.stands() {
 			t.Error("nothing was made, and it does not stand")
 		}
-		_, err := fw.ensure(es)
+		_, err := fw.ensure(t.Context(), es, standing{})
 		must(t, err)
 		if !fw.stands() {
 			t.Fatal("what was just made does not stand")
@@ -562,7 +540,7 @@ func TestStandsNoticesWhatIPTablesNFTDoes(t *testing.T) {
 					if fw.stands() {
 						t.Errorf("%s -t %s %v goes unnoticed", program, h.table, args)
 					}
-					_, err := fw.ensure(es)
+					_, err := fw.ensure(t.Context(), es, standing{})
 					must(t, err)
 				}
 			}
@@ -596,7 +574,7 @@ func TestRulesWithoutMatchRecent(t *testing.T) {
 		withoutRecent(t, v)
 		fw := newIPTables(func() { t.Error("the rules count as gone") })
 		es := dnsOn("169.254.20.10", "fd00:20::10")
-		_, err := fw.ensure(es)
+		_, err := fw.ensure(t.Context(), es, standing{})
 		must(t, err)
 		fw.serve(es)
 		for f, x := range fw.families {
@@ -611,7 +589,7 @@ func TestRulesWithoutMatchRecent(t *testing.T) {
 		if len(fw.heart.addrs) != 0 {
 			t.Errorf("the heart beats for %v, whose lists are not there", fw.heart.addrs)
 		}
-		if n, err := fw.ensure(es); n != 0 || err != nil {
+		if n, err := fw.ensure(t.Context(), es, standing{}); n != 0 || err != nil {
 			t.Errorf("a second ensure found %d missing, error %v", n, err)
 		}
 		remove(t, fw)
@@ -622,7 +600,7 @@ func TestErrorIsNotTakenForMissingMatch(t *testing.T) {
 	variants(t, func(t *testing.T, v *variant) {
 		v.script(t, "iptables-restore", "echo 'Operation not permitted' >&2\nexit 1")
 		fw := newIPTables(nil)
-		_, err := fw.ensure(dnsOn("169.254.20.10"))
+		_, err := fw.ensure(t.Context(), dnsOn("169.254.20.10"), standing{})
 		wantError(t, err, "running iptables-restore --noflush --wait 20: exit status 1: Operation not permitted (iptables needs the capabilities NET_ADMIN and NET_RAW)")
 		if fw.families[ipv4].noRecent || fw.families[ipv4].written {
 			t.Error("the failure has left a mark")
@@ -631,10 +609,10 @@ func TestErrorIsNotTakenForMissingMatch(t *testing.T) {
 			t.Error("it is not known for the backend's failure")
 		}
 		v.script(t, "iptables-save", "echo 'no such table' >&2\nexit 3")
-		_, err = fw.ensure(dnsOn("169.254.20.10"))
+		_, err = fw.ensure(t.Context(), dnsOn("169.254.20.10"), standing{})
 		wantError(t, err, "running iptables-save -t raw: exit status 3: no such table")
 		v.script(t, "iptables", "exit 1")
-		_, err = newIPTables(nil).ensure(dnsOn("169.254.20.10"))
+		_, err = newIPTables(nil).ensure(t.Context(), dnsOn("169.254.20.10"), standing{})
 		wantError(t, err, "running iptables: ")
 	})
 }
@@ -658,7 +636,7 @@ func TestLockOfOtherProgramIsWaitedFor(t *testing.T) {
 	fw := newIPTables(nil)
 	es := dnsOn("169.254.20.10")
 	done := make(chan error, 1)
-	go func() { _, err := fw.ensure(es); done <- err }()
+	go func() { _, err := fw.ensure(t.Context(), es, standing{}); done <- err }()
 	// "1: -> FLOCK  ADVISORY  WRITE 123 fe:00:4711 0 EOF" is one that waits.
 	eventually(t, "iptables-restore waits for the lock", func() bool {
 		select {
@@ -680,11 +658,11 @@ func TestLockIsNotWaitedForWithoutEnd(t *testing.T) {
 	needRoot(t)
 	v := newVariant(t, "legacy")
 	fw := newIPTables(nil)
-	_, err := fw.ensure(dnsOn("169.254.20.10"))
+	_, err := fw.ensure(t.Context(), dnsOn("169.254.20.10"), standing{})
 	must(t, err)
 	_, unlock := lock(t)
 	before := metric(t, "coredns_nodecache_setup_errors_total", errFirewallLock)
-	_, err = fw.ensure(dnsOn("10.96.0.10"))
+	_, err = fw.ensure(t.Context(), dnsOn("10.96.0.10"), standing{})
 	wantError(t, err, "another program has held the xtables lock ("+lockFile()+") for 3s")
 	if !errors.As(count(err), new(lockError)) || isFirewallError(err) {
 		t.Errorf("%v is not known for the lock's", err)
@@ -705,7 +683,7 @@ func TestFirstRulesWaitLongerForLock(t *testing.T) {
 echo "Another app is currently holding the xtables lock. Stopped waiting after $3s." >&2
 exit 4`)
 	fw := newIPTables(nil)
-	_, err := fw.ensure(dnsOn("169.254.20.10"))
+	_, err := fw.ensure(t.Context(), dnsOn("169.254.20.10"), standing{})
 	wantError(t, err, "for 20s")
 	wantError(t, err, "Stopped waiting after 20s")
 	if !errors.As(err, new(lockError)) {
@@ -735,7 +713,7 @@ func TestNumberOfProcesses(t *testing.T) {
 			}
 			slices.SortFunc(es, compareEndpoints)
 			fw := newIPTables(nil)
-			_, err := fw.ensure(es)
+			_, err := fw.ensure(t.Context(), es, standing{})
 			must(t, err)
 			perFamily := func(doing string) {
 				calls := v.called(t)
@@ -751,7 +729,7 @@ func TestNumberOfProcesses(t *testing.T) {
 			}
 			perFamily("the set-up")
 			fw.serve(es)
-			must(t, fw.leave(es, es))
+			must(t, fw.leave(t.Context(), es))
 			remove(t, fw)
 			perFamily("the removal")
 		}
@@ -772,7 +750,7 @@ func TestHeartRenewsLists(t *testing.T) {
 	variants(t, func(t *testing.T, v *variant) {
 		fw := newIPTables(func() { t.Error("the rules count as gone") })
 		es := dnsOn("169.254.20.10", "fd00:20::10")
-		_, err := fw.ensure(es)
+		_, err := fw.ensure(t.Context(), es, standing{})
 		must(t, err)
 		for _, a := range addrs("169.254.20.10", "fd00:20::10") {
 			if got := lastSeen(a); got != "" {
@@ -808,12 +786,12 @@ func TestHeartNoticesFlushedRules(t *testing.T) {
 		var flushed atomic.Int32
 		fw := newIPTables(func() { flushed.Add(1) })
 		es := dnsOn("169.254.20.10")
-		_, err := fw.ensure(es)
+		_, err := fw.ensure(t.Context(), es, standing{})
 		must(t, err)
 		fw.serve(es)
 		v.run(t, "iptables", "-t", "raw", "-F")
 		eventually(t, "flushed is called", func() bool { return flushed.Load() > 0 })
-		_, err = fw.ensure(es)
+		_, err = fw.ensure(t.Context(), es, standing{})
 		must(t, err)
 		fw.serve(es)
 		if lastSeen(addr("169.254.20.10")) == "" {
