@@ -159,6 +159,7 @@ func (x *xtables) run(ctx context.Context, program string, stdin []byte, args ..
 	if err := cmd.Run(); err != nil {
 		said := strings.Join(strings.Fields(errs.String()), " ")
 		if ctx.Err() != nil {
+			err = ctx.Err()
 			said = fmt.Sprintf("it was ended after %s, as there was no more time %s", time.Since(began).Round(time.Millisecond), said)
 		}
 		if strings.Contains(said, "ermission denied") || strings.Contains(said, "Operation not permitted") {

@@ -49,8 +49,8 @@ func readTable(name, text string) (*table, error) {
 		}
 	}
 	if !complete {
-		return nil, unreadableError{fmt.Errorf("iptables can't print the table %s, since rules stand there that are not its own; nodecache leaves its rules there as they are until it can: "+
-			"have the program that wrote them with nft use a table of its own, or use firewall nftables", name)}
+		return nil, unreadableError{fmt.Errorf("iptables can't read the table %s, as another program has put rules there with nft; nodecache's rules stay there as they are until it can: "+
+			"move those rules to a table of their own, or use firewall nftables", name)}
 	}
 	return t, nil
 }
