@@ -51,6 +51,12 @@ func (x *xtables) know(ctx context.Context) error {
 	if x.variant != "" {
 		return nil
 	}
+	// go-iptables knows the variant too, and keeps it to itself. iptables-save names it at
+	// the head of what it prints only from 1.8.8 on.
+	said, err := x.run(ctx, x.program(""), nil, "--version")
+	if err != nil {
+		return err
+	}
 	proto := goiptables.ProtocolIPv4
 	if x.family == ipv6 {
 		proto = goiptables.ProtocolIPv6
@@ -58,12 +64,6 @@ func (x *xtables) know(ctx context.Context) error {
 	ipt, err := goiptables.New(goiptables.IPFamily(proto), goiptables.Path(x.program("")))
 	if err != nil {
 		return setupError(errFirewall, fmt.Errorf("running %s: %w", x.program(""), err))
-	}
-	// go-iptables knows the variant, and keeps it to itself. iptables-save names it at the
-	// head of what it prints only from 1.8.8 on.
-	said, err := x.run(ctx, x.program(""), nil, "--version")
-	if err != nil {
-		return err
 	}
 	variant := variantLegacy // before 1.8 there was no other
 	if strings.Contains(said, "("+variantNFT+")") {
@@ -168,7 +168,10 @@ func (x *xtables) run(ctx context.Context, program string, stdin []byte, args ..
 		if strings.Contains(said, "missing kernel module") || strings.Contains(said, "No chain/target/match by that name") {
 			said += " (the kernel lacks a module that the rules need: load xt_socket, xt_recent, xt_CT, xt_comment and xt_addrtype on the host, or use firewall nftables)"
 		}
-		return "", setupError(errFirewall, fmt.Errorf("running %s %s: %w: %s", program, strings.Join(args, " "), err, said))
+		if said != "" {
+			err = fmt.Errorf("%w: %s", err, said)
+		}
+		return "", setupError(errFirewall, fmt.Errorf("running %s %s: %w", program, strings.Join(args, " "), err))
 	}
 	return out.String(), nil
 }

@@ -1,14 +1,8 @@
 package nodecache
 
 import (
-	"context"
-	"errors"
-	"fmt"
-	"os"
-	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 )
 
 func TestVariantIsWhatTheProgramSays(t *testing.T) {
@@ -115,93 +109,23 @@ func savedOurs(t testing.TB, v *variant) (lines []string) {
 	return lines
 }
 
-// What fails once, such as for want of memory, does not take the guard away for good.
-func TestOneFailureDoesNotGiveUpRecent(t *testing.T) {
+func TestErrorIsNotTakenForMissingMatch(t *testing.T) {
 	variants(t, func(t *testing.T, v *variant) {
-		once := filepath.Join(v.dir, "failed")
-		v.script(t, "iptables-restore", fmt.Sprintf(`
-if [ ! -e %[1]s ]; then
-	: >%[1]s
-	echo "iptables-restore: line 3 failed: Cannot allocate memory" >&2
-	exit 1
-fi
-exec $real "$@"`, once))
+		v.script(t, "iptables-restore", "echo 'Operation not permitted' >&2\nexit 1")
 		fw := newIPTables(nil)
-		es := dnsOn("169.254.20.10")
-		_, err := fw.ensure(t.Context(), es, standing{})
-		wantError(t, err, "Cannot allocate memory")
-		if fw.families[ipv4].noRecent {
-			t.Error("the match recent is given up")
+		_, err := fw.ensure(t.Context(), dnsOn("169.254.20.10"), standing{})
+		wantError(t, err, "running iptables-restore --noflush --wait 20: exit status 1: Operation not permitted (iptables needs the capabilities NET_ADMIN and NET_RAW)")
+		if fw.families[ipv4].noRecent || fw.families[ipv4].written {
+			t.Error("the failure has left a mark")
 		}
-		_, err = fw.ensure(t.Context(), es, standing{})
-		must(t, err)
-		wantRules(t, v, fw.families[ipv4], es)
-		remove(t, fw)
+		if !isFirewallError(err) {
+			t.Error("it is not known for the backend's failure")
+		}
+		v.script(t, "iptables-save", "echo 'no such table' >&2\nexit 3")
+		_, err = fw.ensure(t.Context(), dnsOn("169.254.20.10"), standing{})
+		wantError(t, err, "running iptables-save -t raw: exit status 3: no such table")
+		v.script(t, "iptables", "exit 1")
+		_, err = newIPTables(nil).ensure(t.Context(), dnsOn("169.254.20.10"), standing{})
+		wantError(t, err, "running iptables --version: exit status 1")
 	})
-}
-
-// Where the kernel comes to have the match, the rules get it at a later check.
-func TestRecentIsTriedAgain(t *testing.T) {
-	variants(t, func(t *testing.T, v *variant) {
-		withoutRecent(t, v)
-		fw := newIPTables(nil)
-		es := dnsOn("169.254.20.10")
-		for range 2 {
-			_, err := fw.ensure(t.Context(), es, standing{})
-			must(t, err)
-			if !fw.families[ipv4].noRecent {
-				t.Error("the match recent is not given up")
-			}
-		}
-		v.script(t, "iptables-restore", `exec $real "$@"`)
-		n, err := fw.ensure(t.Context(), es, standing{})
-		must(t, err)
-		if n != 0 {
-			t.Errorf("%d rules count as removed by somebody", n)
-		}
-		if fw.families[ipv4].noRecent {
-			t.Error("the match recent is given up for good")
-		}
-		wantRules(t, v, fw.families[ipv4], es)
-		remove(t, fw)
-	})
-}
-
-// A caller's deadline bounds the wait for the lock, and the program itself.
-func TestDeadlineBoundsLockAndProgram(t *testing.T) {
-	needRoot(t)
-	v := newVariant(t, "legacy")
-	fw := newIPTables(nil)
-	es := dnsOn("169.254.20.10")
-	_, err := fw.ensure(t.Context(), es, standing{})
-	must(t, err)
-	within := func(d time.Duration) context.Context {
-		ctx, cancel := context.WithTimeout(t.Context(), d)
-		t.Cleanup(cancel)
-		return ctx
-	}
-	x := fw.families[ipv4]
-	for left, want := range map[time.Duration]time.Duration{
-		-time.Second: time.Second, 100 * time.Millisecond: time.Second, 2900 * time.Millisecond: 2 * time.Second, time.Hour: time.Hour - time.Second,
-	} {
-		if got := x.wait(within(left)); got != want {
-			t.Errorf("with %s left the lock is waited for %s, want %s", left, got, want)
-		}
-	}
-	if got := x.wait(t.Context()); got != lockWaitLater {
-		t.Errorf("with no deadline the lock is waited for %s", got)
-	}
-	_, unlock := lock(t)
-	_, err = fw.ensure(within(1900*time.Millisecond), nil, standing{})
-	wantError(t, err, "another program has held the xtables lock ("+lockFile()+") for 1s")
-	if !errors.As(err, new(lockError)) {
-		t.Errorf("%v is not known for the lock's", err)
-	}
-	unlock()
-	v.script(t, "iptables-restore", "exec "+lookPath(t, "/usr/bin/sleep")+" 600")
-	_, err = fw.ensure(within(500*time.Millisecond), nil, standing{})
-	wantError(t, err, "there was no more time")
-	must(t, os.Remove(filepath.Join(v.dir, "iptables-restore")))
-	must(t, os.Symlink(v.real["iptables-restore"], filepath.Join(v.dir, "iptables-restore")))
-	remove(t, fw)
 }

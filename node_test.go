@@ -777,7 +777,7 @@ func TestAutoFallsBackToNFTables(t *testing.T) {
 	m := newNode()
 	defer m.exit()
 	err = m.start(demand(t, "", "", "10.96.0.10"))
-	wantError(t, err, "running iptables: ")
+	wantError(t, err, "running iptables --version: exit status 1: broken")
 }
 
 func TestConfigs(t *testing.T) {
