@@ -1,6 +1,7 @@
 package nodecache
 
 import (
+	"context"
 	"fmt"
 	"net/netip"
 	"os/exec"
@@ -9,24 +10,51 @@ import (
 // firewall keeps DNS to endpoints out of connection tracking: the queries that
 // come from elsewhere, the answers, and the queries of the node's own programs.
 type firewall interface {
-	// ensure makes the rules for exactly es stand, in place of what this backend
-	// has made before, and returns how many were missing. Nothing is left of it
-	// where es is empty.
-	ensure(es []endpoint) (missing int, err error)
+	// ensure makes the rules for exactly own stand, in place of what this backend
+	// has made before, and returns how many were missing. Of o it writes nothing. Nothing
+	// is left of it where nobody wants anything.
+	ensure(ctx context.Context, own []endpoint, o standing) (missing int, err error)
 	// serve is told what this process listens on; ensure has seen all of es.
 	serve(es []endpoint)
 	// leave sends new UDP queries to gone the way they would go without us, at
 	// once; what is under way (answers, TCP connections) stays out of connection
 	// tracking, or late answers would be tracked and catch their client's next
-	// queries. es is all that stands, gone included. The next ensure takes the rest away.
-	leave(es, gone []endpoint) error
-	// heed is told, ahead of ensure and leave, what of their endpoints some process
-	// is leaving, so that no rule for new UDP queries to it is written again. With
-	// keep, nothing that stands of ours may go: it may be needed by a process that
-	// does not say so.
-	heed(leaving []endpoint, keep bool)
+	// queries. The next ensure takes the rest away.
+	leave(ctx context.Context, gone []endpoint) error
 	// String names the backend for the log: "iptables 1.8.9 (nf_tables)".
 	String() string
+}
+
+// standing is what a backend whose rules are not its process's alone has to heed. A
+// process writes rules for what it wants itself, whatever others say: so nobody has
+// rules written who could not write them, and two releases never undo each other's.
+type standing struct {
+	// others is what other processes want: what stands for it stays as it stands.
+	others []endpoint
+	// leaving is what this process still wants but is about to give up, and nobody else
+	// stays for: no rule for new UDP queries to it is written.
+	leaving []endpoint
+	// unknown is true when a process does not say what it wants: then all stays that
+	// stands, less the rules for new UDP queries to leaving.
+	unknown bool
+}
+
+// standing returns it for a backend, as of this process's last turn.
+func (n *node) standing(backend string) standing {
+	return standing{
+		others:  n.others.wants.rules[backend],
+		leaving: n.leaving.minus(n.others.stays).rules[backend],
+		unknown: n.others.unknown,
+	}
+}
+
+// limit bounds what firewalls do: by n's deadline, where it has one, and else by the
+// beginning of an exit. Each program has a limit of its own beside that.
+func (n *node) limit() (context.Context, context.CancelFunc) {
+	if n.deadline.IsZero() {
+		return context.WithCancel(n.exiting)
+	}
+	return context.WithDeadline(context.Background(), n.deadline)
 }
 
 // resolve returns the backend that a configuration's word for it means here.

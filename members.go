@@ -89,6 +89,9 @@ type others struct {
 	// unknown is true when one of them did not answer: then nothing may be taken away.
 	unknown bool
 	states  map[string]int // how many do what: see the metric processes
+	// variants are those of iptables in which others have rules; "" is of those that do
+	// not say.
+	variants map[string]bool
 }
 
 // member is this process among those on the node.
@@ -162,7 +165,7 @@ func (m *member) answer(l net.Listener) {
 
 // ask returns what the other processes want.
 func (m *member) ask(within time.Duration) (others, error) {
-	o := others{wants: state{}, serves: map[endpoint]bool{}, states: map[string]int{}}
+	o := others{wants: state{}, serves: map[endpoint]bool{}, states: map[string]int{}, variants: map[string]bool{}}
 	list, err := os.ReadFile("/proc/thread-self/net/unix")
 	if err != nil {
 		return o, fmt.Errorf("looking for other processes that serve here: %w", err)
@@ -195,6 +198,9 @@ func (m *member) ask(within time.Duration) (others, error) {
 		o.wants = o.wants.union(wants)
 		o.stays = o.stays.union(wants.minus(leaving))
 		o.leaving = o.leaving.union(leaving)
+		if len(p.Rules) > 0 {
+			o.variants[""] = true
+		}
 		for _, e := range shown(p.Serves) {
 			o.serves[e] = true
 		}

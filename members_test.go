@@ -22,14 +22,30 @@ func newTwin(t *testing.T) (*node, *fakeFirewall) {
 	return n, fw
 }
 
+// wantRulesOf checks what addresses a firewall makes rules for, and for which it leaves
+// others' standing.
+func wantRulesOf(t *testing.T, who string, fw *fakeFirewall, own, others string) {
+	t.Helper()
+	of := func(addresses string) string {
+		if addresses == "" {
+			return ""
+		}
+		return dnsOf(strings.Split(addresses, ",")...)
+	}
+	rules, _ := fw.stand()
+	if list(rules) != of(own) || list(fw.keeps()) != of(others) {
+		t.Errorf("%s has rules for %v and leaves standing those for %v; want %s and %s", who, rules, fw.keeps(), own, others)
+	}
+}
+
 func TestLastOneOutTearsDown(t *testing.T) {
 	a, aFW := newTestNode(t)
 	b, bFW := newTwin(t)
 	up(t, a, demand(t, "", "", "169.254.20.10", "10.96.0.10"))
 	up(t, b, demand(t, "", "", "169.254.20.10", "fd00:20::10"))
-	if rules, _ := bFW.stand(); list(rules) != dnsOf("10.96.0.10", "169.254.20.10", "fd00:20::10") {
-		t.Errorf("the second one, whose chains are the same, has rules for %v", rules)
-	}
+	// The chains are the same: each writes its own rules, and leaves the other's standing.
+	// The chains are the same: each writes its own rules, and leaves the other's standing.
+	wantRulesOf(t, "the second one", bFW, "169.254.20.10,fd00:20::10", "10.96.0.10,169.254.20.10")
 	aFW.heard()
 	a.exit()
 	wantCarried(t, testLink, "169.254.20.10", "fd00:20::10")
@@ -38,9 +54,7 @@ func TestLastOneOutTearsDown(t *testing.T) {
 	if !slices.ContainsFunc(calls, func(c string) bool { return strings.HasPrefix(c, "leave "+dnsOf("10.96.0.10")+" on") }) {
 		t.Errorf("the first one leaves more than what is its own: %q", calls)
 	}
-	if rules, _ := aFW.stand(); list(rules) != dnsOf("169.254.20.10", "fd00:20::10") {
-		t.Errorf("the first one has left rules for %v", rules)
-	}
+	wantRulesOf(t, "the first one, which has left,", aFW, "", "169.254.20.10,fd00:20::10")
 	b.exit()
 	if rules, _ := bFW.stand(); len(rules) != 0 || carried(t, testLink) != nil {
 		t.Errorf("the last one has left rules for %v, and %v on the link", rules, carried(t, testLink))
@@ -66,9 +80,7 @@ func TestReloadKeepsTwinsAddress(t *testing.T) {
 	if got := gone(); !slices.Equal(got, []string{"169.254.20.10"}) {
 		t.Errorf("gone, if only for a moment, are %v", got)
 	}
-	if rules, _ := fw.stand(); list(rules) != dnsOf("10.96.0.10", "fd00:20::10") {
-		t.Errorf("rules stand for %v", rules)
-	}
+	wantRulesOf(t, "after the reload it", fw, "fd00:20::10", "10.96.0.10")
 }
 
 func TestFailedStartKeepsTwinsAddress(t *testing.T) {
@@ -83,9 +95,7 @@ func TestFailedStartKeepsTwinsAddress(t *testing.T) {
 	if after := links(t); !slices.Equal(before, after) {
 		t.Errorf("the links read %q, want %q", after, before)
 	}
-	if rules, _ := fw.stand(); list(rules) != dnsOf("169.254.20.10") {
-		t.Errorf("rules stand for %v, want the twin's", rules)
-	}
+	wantRulesOf(t, "the one that failed", fw, "", "169.254.20.10")
 	// It shows nothing any more: the first one is the last one out.
 	a.exit()
 	if carried(t, testLink) != nil {
@@ -144,12 +154,7 @@ func TestTwinHeedsWhoLeaves(t *testing.T) {
 	go func() { a.exit(); close(left) }()
 	eventually(t, "the first one leaves", func() bool { return strings.Contains(strings.Join(aFW.heard(), " "), "leave ") })
 	must(t, b.do(func() error { b.repair(false, "this test"); return nil }))
-	bFW.mu.Lock()
-	rules, heeded := list(bFW.rules), list(bFW.heeded)
-	bFW.mu.Unlock()
-	if rules != dnsOf("10.96.0.10", "169.254.20.10", "fd00:20::10") || heeded != dnsOf("10.96.0.10") {
-		t.Errorf("while the first one leaves, the second has rules for %s and heeds that it leaves %s", rules, heeded)
-	}
+	wantRulesOf(t, "while the first one leaves, the second one", bFW, "169.254.20.10,fd00:20::10", "10.96.0.10,169.254.20.10")
 	o, err := b.member.ask(askLimit)
 	must(t, err)
 	if len(o.serves) != 0 {
@@ -158,9 +163,7 @@ func TestTwinHeedsWhoLeaves(t *testing.T) {
 	open.Add(-1)
 	<-left
 	must(t, b.do(func() error { b.repair(false, "this test"); return nil }))
-	if rules, _ := bFW.stand(); list(rules) != dnsOf("169.254.20.10", "fd00:20::10") {
-		t.Errorf("after the first one has left rules stand for %v", rules)
-	}
+	wantRulesOf(t, "after the first one has left, the second one", bFW, "169.254.20.10,fd00:20::10", "")
 }
 
 func TestMemberShowsWhatItWantsUntilItHides(t *testing.T) {

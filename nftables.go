@@ -1,6 +1,7 @@
 package nodecache
 
 import (
+	"context"
 	"crypto/rand"
 	"encoding/binary"
 	"encoding/hex"
@@ -50,7 +51,7 @@ func newNFT() *nft { return &nft{} }
 
 func (t *nft) String() string { return "nftables" }
 
-func (t *nft) ensure(es []endpoint) (missing int, err error) {
+func (t *nft) ensure(_ context.Context, es []endpoint, _ standing) (missing int, err error) {
 	es = plain(es)
 	if t.table != nil {
 		switch _, err := t.conn.ListTableOfFamily(t.table.Name, nftables.TableFamilyINet); {
@@ -126,7 +127,7 @@ func (t *nft) serve(es []endpoint) {
 	}
 }
 
-func (t *nft) leave(_, gone []endpoint) error {
+func (t *nft) leave(_ context.Context, gone []endpoint) error {
 	if t.table == nil {
 		return nil
 	}
@@ -141,10 +142,6 @@ func (t *nft) leave(_, gone []endpoint) error {
 	}
 	return t.flush("writing")
 }
-
-// heed does nothing: the table is this process's own, and what it has left comes
-// back with serve alone.
-func (t *nft) heed([]endpoint, bool) {}
 
 // plain returns es as this backend tells them apart: whose port it is does not
 // matter to its rules.

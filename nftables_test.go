@@ -87,15 +87,15 @@ func newTestNFT(t *testing.T) *nft {
 func TestNFTTakesQueriesOnlyOnceServed(t *testing.T) {
 	fw := newTestNFT(t)
 	fw.serve(dnsOn("10.96.0.10")) // before anything is ensured
-	must(t, fw.leave(dnsOn("10.96.0.10"), dnsOn("10.96.0.10")))
+	must(t, fw.leave(t.Context(), dnsOn("10.96.0.10")))
 	es := dnsOn("169.254.20.10", "fd00:20::10")
 	all := list(es)
-	_, err := fw.ensure(es)
+	_, err := fw.ensure(t.Context(), es, standing{})
 	must(t, err)
 	wantElements(t, "", all, "")
 	fw.serve(es)
 	wantElements(t, all, all, all)
-	if n, err := fw.ensure(es); n != 0 || err != nil {
+	if n, err := fw.ensure(t.Context(), es, standing{}); n != 0 || err != nil {
 		t.Errorf("a second ensure found %d missing, error %v", n, err)
 	}
 	wantElements(t, all, all, all)
@@ -105,13 +105,13 @@ func TestNFTLeaveTakesNewUDPQueriesOnly(t *testing.T) {
 	fw := newTestNFT(t)
 	es := dnsOn("169.254.20.10", "fd00:20::10")
 	all := list(es)
-	_, err := fw.ensure(es)
+	_, err := fw.ensure(t.Context(), es, standing{})
 	must(t, err)
 	fw.serve(es)
-	must(t, fw.leave(dnsOn("169.254.20.10"), dnsOn("169.254.20.10")))
+	must(t, fw.leave(t.Context(), dnsOn("169.254.20.10")))
 	rest := list(slices.DeleteFunc(slices.Clone(es), func(e endpoint) bool { return e == dnsOn("169.254.20.10")[0] }))
 	wantElements(t, rest, all, rest)
-	must(t, fw.leave(dnsOn("169.254.20.10"), dnsOn("169.254.20.10"))) // again
+	must(t, fw.leave(t.Context(), dnsOn("169.254.20.10"))) // again
 	wantElements(t, rest, all, rest)
 }
 
@@ -119,14 +119,14 @@ func TestNFTReloadKeepsWhatStays(t *testing.T) {
 	fw := newTestNFT(t)
 	old, next := dnsOn("169.254.20.10", "fd00:20::10"), dnsOn("10.96.0.10", "fd00:20::10")
 	both := dnsOn("169.254.20.10", "10.96.0.10", "fd00:20::10")
-	_, err := fw.ensure(old)
+	_, err := fw.ensure(t.Context(), old, standing{})
 	must(t, err)
 	fw.serve(old)
-	_, err = fw.ensure(both)
+	_, err = fw.ensure(t.Context(), both, standing{})
 	must(t, err)
 	wantElements(t, list(old), list(both), list(old))
 	fw.serve(both)
-	_, err = fw.ensure(next)
+	_, err = fw.ensure(t.Context(), next, standing{})
 	must(t, err)
 	wantElements(t, list(next), list(next), list(next))
 }
@@ -134,7 +134,7 @@ func TestNFTReloadKeepsWhatStays(t *testing.T) {
 func TestNFTTableIsNobodyElsesToChange(t *testing.T) {
 	fw := newTestNFT(t)
 	es := dnsOn("169.254.20.10")
-	_, err := fw.ensure(es)
+	_, err := fw.ensure(t.Context(), es, standing{})
 	must(t, err)
 	other, err := nftables.New()
 	must(t, err)
@@ -150,7 +150,7 @@ func TestNFTTableIsNobodyElsesToChange(t *testing.T) {
 func TestNFTTableGoesWithItsSocket(t *testing.T) {
 	needRoot(t)
 	fw := newNFT()
-	_, err := fw.ensure(dnsOn("169.254.20.10", "fd00:20::10"))
+	_, err := fw.ensure(t.Context(), dnsOn("169.254.20.10", "fd00:20::10"), standing{})
 	must(t, err)
 	fw.conn.CloseLasting() // as the kernel does when the process dies
 	c, err := nftables.New()
@@ -168,7 +168,7 @@ func TestNFTLeavesForeignTables(t *testing.T) {
 	must(t, c.Flush())
 	defer func() { c.DelTable(foreign); c.Flush() }()
 	fw := newNFT()
-	_, err = fw.ensure(dnsOn("169.254.20.10"))
+	_, err = fw.ensure(t.Context(), dnsOn("169.254.20.10"), standing{})
 	must(t, err)
 	if own := nftOwn(t, c); len(own) != 2 {
 		t.Errorf("%d tables, want ours and the foreign one", len(own))
@@ -183,12 +183,12 @@ func TestNFTLeavesForeignTables(t *testing.T) {
 func TestNFTPutsTableBack(t *testing.T) {
 	fw := newTestNFT(t)
 	es := dnsOn("169.254.20.10", "fd00:20::10")
-	_, err := fw.ensure(es)
+	_, err := fw.ensure(t.Context(), es, standing{})
 	must(t, err)
 	fw.serve(es)
 	fw.conn.DelTable(fw.table) // only its owner could
 	must(t, fw.conn.Flush())
-	n, err := fw.ensure(es)
+	n, err := fw.ensure(t.Context(), es, standing{})
 	must(t, err)
 	if n != len(es) {
 		t.Errorf("%d were missing, want %d", n, len(es))

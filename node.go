@@ -77,6 +77,8 @@ type node struct {
 	calm     *rate.Limiter // of repairs
 	fighting bool          // that limit was reached
 	leaving  state         // of want, what this process is about to give up
+	deadline time.Time     // of an exit's work, or of a start's undoing; zero: none
+	left     leftRules
 
 	running  *config // in force, nil before the first
 	starting *config // of an instance that is on its way up
@@ -387,6 +389,9 @@ func (n *node) prepare(cfg *config, want state) (made, error) {
 
 // undo leads back from a start that failed to the state before it.
 func (n *node) undo(was state, added made) error {
+	// It may be an exit that has cut the start short.
+	n.deadline = time.Now().Add(exitLeast)
+	defer func() { n.deadline = time.Time{} }()
 	errs := []error{n.rules(was)}
 	for i, addrs := range added {
 		l, err := linkByName(i.name)
@@ -410,6 +415,8 @@ func (n *node) undo(was state, added made) error {
 // counts it by object. It takes away rules that want does not have, no address.
 func (n *node) ensure(want state) (missing map[string]int, err error) {
 	missing = map[string]int{}
+	ctx, cancel := n.limit()
+	defer cancel()
 	var errs []error
 	for name, addrs := range want.links {
 		if n.netifs[name] == nil {
@@ -429,8 +436,7 @@ func (n *node) ensure(want state) (missing map[string]int, err error) {
 			errs = append(errs, err)
 			continue
 		}
-		n.heed(b, fw, want)
-		gone, err := fw.ensure(n.withOthers(want).rules[b])
+		gone, err := fw.ensure(ctx, want.rules[b], n.standing(b))
 		n.faulty[b] = err != nil
 		missing[objectRule] += gone
 		errs = append(errs, err)
@@ -438,21 +444,13 @@ func (n *node) ensure(want state) (missing map[string]int, err error) {
 	return missing, errors.Join(errs...)
 }
 
-// withOthers returns want and what other processes want of what all share.
-func (n *node) withOthers(want state) state { return want.union(n.others.wants) }
-
-// heed tells a firewall what to heed when this process wants want.
-func (n *node) heed(backend string, fw firewall, want state) {
-	stays := want.minus(n.leaving).union(n.others.stays)
-	fw.heed(n.leaving.union(n.others.leaving).minus(stays).rules[backend], n.others.unknown)
-}
-
 // rules makes the rules of want stand, and no others of ours.
 func (n *node) rules(want state) error {
+	ctx, cancel := n.limit()
+	defer cancel()
 	var errs []error
 	for name, fw := range n.firewalls {
-		n.heed(name, fw, want)
-		_, err := fw.ensure(n.withOthers(want).rules[name])
+		_, err := fw.ensure(ctx, want.rules[name], n.standing(name))
 		errs = append(errs, err)
 	}
 	return errors.Join(errs...)
@@ -521,24 +519,13 @@ func (n *node) reduce(want state) error {
 	})
 }
 
-// sweep removes what a killed process with the backend iptables has left, where
-// this one has nftables and so would never look there.
-func (n *node) sweep() {
-	if n.firewalls[backendNFT] == nil || n.firewalls[backendIPT] != nil || n.others.unknown || len(n.others.wants.rules[backendIPT]) > 0 || !iptablesLeft() {
-		return
-	}
-	if err := newIPTables(func() {}).sweep(); err != nil {
-		log.Warningf("looking for iptables rules that another nodecache process has left: %v", err)
-	}
-}
-
 // prune takes from our links what nobody wants, and links left empty.
 func (n *node) prune(want state) error {
 	if n.others.unknown {
 		return nil
 	}
 	var errs []error
-	all := n.withOthers(want)
+	all := want.union(n.others.wants)
 	for name, i := range n.netifs {
 		errs = append(errs, i.prune(all.links[name]))
 		if len(want.links[name]) == 0 {
@@ -649,11 +636,12 @@ func (n *node) leave(going state) {
 				i.unprefer(addrs)
 			}
 		}
+		ctx, cancel := n.limit()
+		defer cancel()
 		var errs []error
 		for name, es := range gone.rules {
 			if fw := n.firewalls[name]; fw != nil {
-				n.heed(name, fw, n.want)
-				errs = append(errs, fw.leave(n.withOthers(n.want).rules[name], es))
+				errs = append(errs, fw.leave(ctx, es))
 			}
 		}
 		return errors.Join(errs...)
@@ -769,12 +757,15 @@ func (n *node) exit() {
 			by = least
 		}
 		kept := cfg.state(true, n.resolve)
+		// While it waits to leave, it answers all that comes.
+		n.deadline = later(began, by.Add(-drainLimit-exitLeast)).Add(exitLeast / 5)
 		n.leave(n.want.minus(kept))
 		es := cfg.listeners()
 		if n.starting != nil && n.starting != cfg {
 			es = append(es, n.starting.listeners()...)
 		}
 		givenUp := n.drain(es, !kept.empty(), earlier(time.Now().Add(drainLimit), by.Add(-exitLeast)))
+		n.deadline = by
 		left := n.reduceBy(kept, by)
 		took := time.Since(began).Round(time.Millisecond)
 		lastWords{Seconds: took.Seconds(), GivenUp: givenUp}.tell(n.member.id())
@@ -795,6 +786,13 @@ func (n *node) exit() {
 		}
 		return nil
 	})
+}
+
+func later(a, b time.Time) time.Time {
+	if a.After(b) {
+		return a
+	}
+	return b
 }
 
 func earlier(a, b time.Time) time.Time {
@@ -927,6 +925,7 @@ func (n *node) repair(links bool, why string) {
 			missing, err = n.ensure(n.want)
 			if err == nil && n.starting == nil {
 				err = n.prune(n.want)
+				n.sweep()
 			}
 			return err
 		})

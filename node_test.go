@@ -1,6 +1,7 @@
 package nodecache
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net"
@@ -27,8 +28,7 @@ type fakeFirewall struct {
 	rules  []endpoint // as ensured
 	served []endpoint
 	lost   int // how many the next ensure finds missing
-	keep   bool
-	heeded []endpoint
+	heeded standing
 	fault  func(call string) error
 	during func(call string)
 }
@@ -46,17 +46,18 @@ func (f *fakeFirewall) call(what string, es []endpoint) error {
 	return nil
 }
 
-func (f *fakeFirewall) ensure(es []endpoint) (int, error) {
-	if err := f.call("ensure", es); err != nil {
+func (f *fakeFirewall) ensure(_ context.Context, own []endpoint, o standing) (int, error) {
+	if err := f.call("ensure", own); err != nil {
 		return 0, err
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	n := f.lost
-	if f.keep {
-		es = state{rules: map[string][]endpoint{"": append(slices.Clone(es), f.rules...)}}.sorted().rules[""]
+	es := slices.Clone(own)
+	if o.unknown {
+		es = state{rules: map[string][]endpoint{"": append(es, f.rules...)}}.sorted().rules[""]
 	}
-	f.rules, f.lost = slices.Clone(es), 0
+	f.rules, f.lost, f.heeded = es, 0, o
 	return n, nil
 }
 
@@ -67,12 +68,10 @@ func (f *fakeFirewall) serve(es []endpoint) {
 	f.served = slices.Clone(es)
 }
 
-func (f *fakeFirewall) leave(_, gone []endpoint) error { return f.call("leave", gone) }
-func (f *fakeFirewall) heed(leaving []endpoint, keep bool) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	f.heeded, f.keep = leaving, keep
+func (f *fakeFirewall) leave(_ context.Context, gone []endpoint) error {
+	return f.call("leave", gone)
 }
+
 func (f *fakeFirewall) String() string { return "fake" }
 
 // stand returns what is ensured and what is served.
@@ -80,6 +79,13 @@ func (f *fakeFirewall) stand() (rules, served []endpoint) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return slices.Clone(f.rules), slices.Clone(f.served)
+}
+
+// keeps returns what the last ensure was told that others want.
+func (f *fakeFirewall) keeps() []endpoint {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.heeded.others
 }
 
 // heard returns and forgets the calls.
@@ -771,7 +777,7 @@ func TestAutoFallsBackToNFTables(t *testing.T) {
 	m := newNode()
 	defer m.exit()
 	err = m.start(demand(t, "", "", "10.96.0.10"))
-	wantError(t, err, "running iptables: ")
+	wantError(t, err, "running iptables --version: exit status 1: broken")
 }
 
 func TestConfigs(t *testing.T) {

@@ -60,7 +60,7 @@ func (t *iptables) stands() bool {
 		for _, h := range hooks {
 			table := &nftables.Table{Name: h.table, Family: fam}
 			own, err := conn.GetRules(table, &nftables.Chain{Name: h.chain})
-			if errors.Is(err, unix.ENOENT) || err == nil && len(own) != len(x.rules(h, x.es, x.leaving)) {
+			if errors.Is(err, unix.ENOENT) || err == nil && len(own) != x.length[h] {
 				return false
 			}
 			from, err := conn.GetRules(table, &nftables.Chain{Name: h.builtin})
