@@ -55,7 +55,7 @@ type site struct {
 }
 
 func (n *node) site(cfg *config) site {
-	s := site{links: map[string]bool{}, placed: cfg.addrs, listeners: cfg.listeners(), backends: map[string]bool{}, ask: n.member.ask}
+	s := site{links: map[string]bool{}, placed: cfg.addrs, listeners: cfg.listeners(), backends: map[string]bool{}, ask: func() (others, error) { return n.member.ask(askLimit) }}
 	for name := range n.netifs {
 		s.links[name] = true
 	}
@@ -219,7 +219,7 @@ func sharedPort(s site) (found []string) {
 		}
 		// Asked after the look, so that it is known of all that the look can have seen.
 		o, err := s.ask()
-		if err == nil && !o.serves[e] && !o.unknown && o.states[processIdle] == 0 {
+		if err == nil && !o.serves[e] && !o.unknown && o.states[processIdle]+o.states[processSilent] == 0 {
 			found = append(found, fmt.Sprintf("%s is served%s too, which takes a share of its queries and loses them when it ends: stop that program, unless this is a change from it to this cache", e, by))
 		}
 	}

@@ -96,7 +96,7 @@ func TestFailedStartKeepsTwinsAddress(t *testing.T) {
 // stuck is a process that answers what it wants with text, or not at all.
 func stuck(t *testing.T, text string) (end func()) {
 	t.Helper()
-	l, err := net.Listen("unix", memberPrefix+"stuck")
+	l, err := net.Listen("unix", memberPrefix+"0000000000000001")
 	must(t, err)
 	go func() {
 		for {
@@ -150,7 +150,7 @@ func TestTwinHeedsWhoLeaves(t *testing.T) {
 	if rules != dnsOf("10.96.0.10", "169.254.20.10", "fd00:20::10") || heeded != dnsOf("10.96.0.10") {
 		t.Errorf("while the first one leaves, the second has rules for %s and heeds that it leaves %s", rules, heeded)
 	}
-	o, err := b.member.ask()
+	o, err := b.member.ask(askLimit)
 	must(t, err)
 	if len(o.serves) != 0 {
 		t.Errorf("the one that leaves shows that it serves %v", o.serves)
@@ -169,7 +169,7 @@ func TestMemberShowsWhatItWantsUntilItHides(t *testing.T) {
 	defer b.hide()
 	p := presence{Links: map[string][]netip.Addr{testLink: addrs("169.254.20.10")}, Rules: show(dnsOn("fd00:20::10")), Serves: show([]endpoint{extraPort("10.96.0.10", 8080)})}
 	ask := func() others {
-		o, err := a.ask()
+		o, err := a.ask(askLimit)
 		must(t, err)
 		return o
 	}
@@ -208,7 +208,7 @@ func TestMemberShowsWhatItWantsUntilItHides(t *testing.T) {
 		t.Error("it shows itself again, unseen")
 	}
 	// To oneself one is no other.
-	if o, err := b.ask(); err != nil || !o.wants.empty() {
+	if o, err := b.ask(askLimit); err != nil || !o.wants.empty() {
 		t.Errorf("it sees itself: %+v, error %v", o, err)
 	}
 }
@@ -228,20 +228,20 @@ func TestMemberShowsItselfAgainWhileItsSocketIsOpenElsewhere(t *testing.T) {
 
 func TestTurnsDoNotOverlap(t *testing.T) {
 	needRoot(t)
-	end, err := turn()
+	end, err := turn(turnLimit)
 	must(t, err)
 	second := make(chan func(), 1)
 	asked := make(chan bool)
 	go func() {
 		close(asked)
-		end, err := turn()
+		end, err := turn(turnLimit)
 		if err != nil {
 			t.Error(err)
 		}
 		second <- end
 	}()
 	<-asked
-	if l, err := net.Listen("unix", lockName); err == nil {
+	if l, err := net.Listen("unix", lockNames[0]); err == nil {
 		l.Close()
 		t.Error("the turn is nobody's")
 	}
@@ -252,7 +252,7 @@ func TestTurnsDoNotOverlap(t *testing.T) {
 	}
 	end()
 	(<-second)()
-	end, err = turn()
+	end, err = turn(turnLimit)
 	must(t, err)
 	end()
 }
@@ -300,8 +300,8 @@ func listenAs(t *testing.T, user int, name string) {
 // anything from being taken away.
 func TestOtherUsersAreIgnored(t *testing.T) {
 	a, fw := newTestNode(t)
-	listenAs(t, 65534, memberPrefix+"stranger")
-	o, err := a.member.ask()
+	listenAs(t, 65534, memberPrefix+"0000000000000002")
+	o, err := a.member.ask(askLimit)
 	must(t, err)
 	if o.unknown || !o.wants.empty() || len(o.serves) > 0 || len(o.states) > 0 {
 		t.Errorf("of another user's process it takes %+v", o)
@@ -318,41 +318,25 @@ func TestOtherUsersAreIgnored(t *testing.T) {
 
 func TestRootsProcessIsAsked(t *testing.T) {
 	a, _ := newTestNode(t)
-	listenAs(t, 0, memberPrefix+"twin")
-	o, err := a.member.ask()
+	listenAs(t, 0, memberPrefix+"0000000000000003")
+	o, err := a.member.ask(askLimit)
 	must(t, err)
 	if o.wants.empty() || o.states[processServing] != 1 {
 		t.Errorf("of root's process it takes %+v", o)
 	}
 }
 
-func TestOtherUsersDoNotHoldTheTurn(t *testing.T) {
-	for user, ignored := range map[int]bool{65534: true, 0: false} {
-		t.Run(fmt.Sprint(user), func(t *testing.T) {
-			listenAs(t, user, lockName)
-			if who, ok := heldByStranger(); ok != ignored || ok && int(who) != user {
-				t.Errorf("held by another user's process: %v, by %d", ok, who)
-			}
-			if !ignored {
-				return // it would take its turn to the end
-			}
-			end, err := turn()
-			must(t, err)
-			end()
-		})
-	}
-}
-
 // Only what root says, or this process's own user, is counted.
 func TestLastWordsOfOtherUsersAreIgnored(t *testing.T) {
 	needRoot(t)
-	c, err := hearLastWords("listener")
+	const listener = "0000000000000004"
+	c, err := hearLastWords(listener)
 	must(t, err)
 	defer c.Close()
 	const givenUp = "coredns_nodecache_drain_queries_given_up_total"
 	before := counted(t, givenUp)
-	as(t, 65534, func() { lastWords{GivenUp: 1000}.send(lastWordsPrefix + "listener") })
-	as(t, 0, func() { lastWords{GivenUp: 1}.send(lastWordsPrefix + "listener") })
+	as(t, 65534, func() { lastWords{GivenUp: 1000}.send(lastWordsPrefix + listener) })
+	as(t, 0, func() { lastWords{GivenUp: 1}.send(lastWordsPrefix + listener) })
 	eventually(t, "root's are counted", func() bool { return counted(t, givenUp) != before })
 	if got := counted(t, givenUp) - before; got != 1 {
 		t.Errorf("counted %v queries, want 1", got)

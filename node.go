@@ -165,7 +165,7 @@ func poke(c chan struct{}) {
 func (n *node) links() (names []string) {
 	n.do(func() error {
 		names = slices.Collect(maps.Keys(n.netifs))
-		o, err := n.member.ask()
+		o, err := n.member.ask(askLimit)
 		names = slices.AppendSeq(names, maps.Keys(o.wants.links))
 		return err
 	})
@@ -174,12 +174,12 @@ func (n *node) links() (names []string) {
 
 // inTurn runs f while no other process changes the node, knowing what they want.
 func (n *node) inTurn(f func() error) error {
-	end, err := turn()
+	end, err := turn(turnLimit)
 	if err != nil {
 		return err
 	}
 	defer end()
-	if n.others, err = n.member.ask(); err != nil {
+	if n.others, err = n.member.ask(askLimit); err != nil {
 		return err
 	}
 	return f()
@@ -187,10 +187,14 @@ func (n *node) inTurn(f func() error) error {
 
 // show tells the other processes what this one wants, and what it serves.
 func (n *node) show(want state, serves []endpoint) error {
-	return n.member.show(presence{
+	p := presence{
 		Links: want.links, Rules: show(want.rules[backendIPT]), Serves: show(serves),
 		LeavingLinks: n.leaving.links, LeavingRules: show(n.leaving.rules[backendIPT]),
-	})
+	}
+	if t, ok := n.firewalls[backendIPT].(interface{ variant() string }); ok {
+		p.Variant = t.variant()
+	}
+	return n.member.show(p)
 }
 
 // start puts on the node what cfg wants, beside what is there for the
