@@ -1,7 +1,6 @@
 package nodecache
 
 import (
-	"fmt"
 	"net"
 	"net/netip"
 	"runtime"
