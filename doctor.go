@@ -219,7 +219,7 @@ func sharedPort(s site) (found []string) {
 		}
 		// Asked after the look, so that it is known of all that the look can have seen.
 		o, err := s.ask()
-		if err == nil && !o.serves[e] && !o.unknown && o.states[processIdle] == 0 {
+		if err == nil && !o.serves[e] && !o.unknown && o.states[processIdle]+o.states[processSilent] == 0 {
 			found = append(found, fmt.Sprintf("%s is served%s too, which takes a share of its queries and loses them when it ends: stop that program, unless this is a change from it to this cache", e, by))
 		}
 	}

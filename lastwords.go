@@ -5,8 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"os"
-	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -16,6 +14,8 @@ import (
 // stay on the node how it went, and they count it: a datagram to each one's socket in
 // the abstract namespace, which belongs to the network namespace as the members' do.
 const lastWordsPrefix = "@nodecache/exits/"
+
+var lastWordsSockets = socketKind{unix.SOCK_DGRAM, unix.BPF_TCP_CLOSE, func(name string) bool { return hasID(name, lastWordsPrefix) }}
 
 // lastWords is how an exit went.
 type lastWords struct {
@@ -90,15 +90,14 @@ func trustSender(control []byte) bool {
 // on it, so nobody is waited for.
 func (w lastWords) tell(id string) {
 	w.count()
-	list, err := os.ReadFile("/proc/thread-self/net/unix")
+	list, err := look(lastWordsSockets)
 	if err != nil {
+		log.Debugf("looking for other processes to tell of this exit: %v", err)
 		return
 	}
-	for line := range strings.Lines(string(list)) {
-		f := strings.Fields(line)
-		name := f[len(f)-1]
-		if strings.HasPrefix(name, lastWordsPrefix) && name != lastWordsPrefix+id {
-			w.send(name)
+	for _, s := range list.trusted[:min(len(list.trusted), peerLimit)] {
+		if s.name != lastWordsPrefix+id {
+			w.send(s.name)
 		}
 	}
 }

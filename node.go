@@ -230,10 +230,14 @@ func (n *node) inTurn(f func() error) error {
 
 // show tells the other processes what this one wants, and what it serves.
 func (n *node) show(want state, serves []endpoint) error {
-	return n.member.show(presence{
+	p := presence{
 		Links: want.links, Rules: show(want.rules[backendIPT]), Serves: show(serves),
 		LeavingLinks: n.leaving.links, LeavingRules: show(n.leaving.rules[backendIPT]),
-	})
+	}
+	if t, ok := n.firewalls[backendIPT].(interface{ variant() string }); ok {
+		p.Variant = t.variant()
+	}
+	return n.member.show(p)
 }
 
 // start puts on the node what cfg wants, beside what is there for the

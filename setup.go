@@ -53,13 +53,14 @@ func setup(c *caddy.Controller) error {
 	cfg, ok := c.Get(configKey{}).(*config)
 	if !ok {
 		cfg = newConfig()
+		cfg.ours = theNode.links()
 	}
 	dc := dnsserver.GetConfig(c)
 	b.config = dc
 	if err := cfg.add(b, dc.ListenHosts, c.ServerBlockKeys); err != nil {
 		return plugin.Error(directiveName, err)
 	}
-	if err := cfg.check(b, theNode.links()); err != nil {
+	if err := cfg.check(b, cfg.ours); err != nil {
 		return plugin.Error(directiveName, err)
 	}
 	if !ok {

@@ -49,6 +49,7 @@ type config struct {
 	links map[string]*linkConfig   // by interface name; "none" is a name as any other here
 	addrs map[netip.Addr]*placed   // every address of a bind
 	wants map[endpoint]*endpointOf // every address and port that clients send to
+	ours  []string                 // the links that may carry addrs: see node.links
 	fast  []*fastBlock             // the blocks with fastpath
 	// fastAt is how many answers are kept for an address with fastpath.
 	fastAt map[endpoint]int

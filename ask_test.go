@@ -1,0 +1,216 @@
+package nodecache
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"runtime"
+	"sync/atomic"
+	"testing"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// memberNamed is a name that newMember could have made.
+func memberNamed(i int) string { return fmt.Sprintf("%s%016x", memberPrefix, i) }
+
+// saying listens as another process that answers what say is, or nothing where it is "".
+func saying(t *testing.T, name string) (say *atomic.Value) {
+	t.Helper()
+	say = &atomic.Value{}
+	say.Store("")
+	l, err := net.Listen("unix", name)
+	must(t, err)
+	t.Cleanup(func() { l.Close() })
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			if text := say.Load().(string); text != "" {
+				io.WriteString(c, text)
+				c.Close()
+			} else {
+				t.Cleanup(func() { c.Close() })
+			}
+		}
+	}()
+	return say
+}
+
+// Of one that is silent counts what it said last, but not that it serves.
+func TestLastWordsOfASilentMemberCount(t *testing.T) {
+	needRoot(t)
+	m := newMember()
+	say := saying(t, memberNamed(1))
+	const short = 50 * time.Millisecond
+	ask := func(within time.Duration, unknown bool, want string) {
+		t.Helper()
+		o, err := m.ask(within)
+		must(t, err)
+		if got := fmt.Sprint(o.wants.links, len(o.serves), o.states); got != want || o.unknown != unknown {
+			t.Errorf("got %s, unknown %v; want %s", got, o.unknown, want)
+		}
+	}
+	ask(short, true, "map[] 0 map[silent:1]")
+	said := func(addr string) string {
+		return fmt.Sprintf(`{"links":{"a":[%q]},"serves":[{"addr":%q,"proto":"udp","port":53}]}`, addr, addr)
+	}
+	say.Store(said("10.0.0.9"))
+	ask(askLimit, false, "map[a:[10.0.0.9]] 1 map[serving:1]")
+	say.Store("")
+	ask(short, false, "map[a:[10.0.0.9]] 0 map[silent:1]")
+	say.Store("{]")
+	ask(askLimit, false, "map[a:[10.0.0.9]] 0 map[silent:1]")
+	say.Store(said("10.0.0.8"))
+	ask(askLimit, false, "map[a:[10.0.0.8]] 1 map[serving:1]")
+	if len(m.heard) != 1 {
+		t.Errorf("remembered are %v", m.heard)
+	}
+}
+
+func TestWhoIsGoneIsForgotten(t *testing.T) {
+	needRoot(t)
+	m := newMember()
+	t.Run("there", func(t *testing.T) {
+		saying(t, memberNamed(1)).Store("{}")
+		saying(t, memberNamed(2)).Store("{]")
+		if o, err := m.ask(askLimit); err != nil || !o.unknown || len(m.heard) != 1 || len(m.told) != 1 {
+			t.Errorf("unknown %v, error %v, remembered are %v and %v", o.unknown, err, m.heard, m.told)
+		}
+	})
+	if o, err := m.ask(askLimit); err != nil || o.unknown || len(m.heard)+len(m.told) > 0 {
+		t.Errorf("unknown %v, error %v, remembered are %v and %v", o.unknown, err, m.heard, m.told)
+	}
+}
+
+// All are asked at once: so many silent ones take no longer than one.
+func TestMembersAreAskedAtOnce(t *testing.T) {
+	needRoot(t)
+	m := newMember()
+	for i := range peerLimit - 1 {
+		saying(t, memberNamed(i))
+	}
+	last := saying(t, memberNamed(peerLimit))
+	last.Store(`{"links":{"a":["10.0.0.9"]}}`)
+	began := time.Now()
+	o, err := m.ask(askLimit)
+	must(t, err)
+	if took := time.Since(began); took > peerLimit*askLimit/2 {
+		t.Errorf("took %v", took)
+	}
+	if o.states[processSilent] != peerLimit-1 || o.states[processIdle] != 1 || len(o.wants.links) != 1 {
+		t.Errorf("found are %v, %v", o.states, o.wants)
+	}
+	// One more than can be asked: those are preferred who have answered, and nothing may go.
+	for i := range 3 {
+		saying(t, memberNamed(100+i)).Store("{}")
+	}
+	o, err = m.ask(50 * time.Millisecond)
+	must(t, err)
+	if !o.unknown || o.states[processSilent]+o.states[processIdle] != peerLimit || len(o.wants.links) != 1 {
+		t.Errorf("found are %v, %v, unknown %v", o.states, o.wants, o.unknown)
+	}
+}
+
+// The chains of the other variant of iptables are others.
+func TestRulesInAnotherVariantAreOthers(t *testing.T) {
+	needRoot(t)
+	a, b := newMember(), newMember()
+	defer a.hide()
+	defer b.hide()
+	for _, c := range []struct {
+		own, other string
+		counts     bool
+	}{
+		{"legacy", "legacy", true}, {"nf_tables", "legacy", false}, {"legacy", "nf_tables", false}, {"", "legacy", true}, {"legacy", "", true},
+	} {
+		must(t, a.show(presence{Variant: c.own}))
+		must(t, b.show(presence{
+			Variant: c.other, Links: map[string][]netip.Addr{testLink: addrs("10.0.0.9")},
+			Rules: show(dnsOn("10.0.0.9")), LeavingRules: show(dnsOn("10.0.0.9")), Serves: show(dnsOn("10.0.0.9")),
+		}))
+		o, err := a.ask(askLimit)
+		must(t, err)
+		if got := len(o.wants.rules) > 0 && len(o.leaving.rules) > 0; got != c.counts || got != (len(o.wants.rules)+len(o.leaving.rules) > 0) {
+			t.Errorf("own variant %q, the other's %q: rules wanted %v, left %v", c.own, c.other, o.wants.rules, o.leaving.rules)
+		}
+		if len(o.wants.links) != 1 || len(o.serves) != 2 || !o.variants[c.other] || len(o.variants) != 1 {
+			t.Errorf("own variant %q, the other's %q: %+v", c.own, c.other, o)
+		}
+	}
+}
+
+// Who asks and does not read keeps nobody else from an answer.
+func TestSlowReadersKeepNobodyWaiting(t *testing.T) {
+	needRoot(t)
+	m, twin := newMember(), newMember()
+	defer m.hide()
+	must(t, m.show(many(1000)))
+	for range answersAtOnce / 2 {
+		c, err := net.Dial("unix", m.name)
+		must(t, err)
+		defer c.Close()
+	}
+	o, err := twin.ask(askLimit)
+	must(t, err)
+	if o.unknown || len(o.wants.rules[backendIPT]) != 4000 {
+		t.Errorf("unknown %v, %d rules", o.unknown, len(o.wants.rules[backendIPT]))
+	}
+}
+
+// Strangers are not answered, and their connections do not stay.
+func TestStrangersAreNotAnswered(t *testing.T) {
+	needRoot(t)
+	m := newMember()
+	defer m.hide()
+	must(t, m.show(many(1000)))
+	as(t, 65534, func() {
+		c, err := net.Dial("unix", m.name)
+		must(t, err)
+		defer c.Close()
+		c.SetDeadline(time.Now().Add(30 * time.Second))
+		if b, err := io.ReadAll(c); len(b) > 0 || errors.Is(err, unix.ETIMEDOUT) {
+			t.Errorf("got %d bytes, error %v", len(b), err)
+		}
+	})
+}
+
+// Where the system refuses the connection, as SELinux does between pods of different
+// categories, the remedy is said.
+func TestRefusedConnectionNamesTheRemedy(t *testing.T) {
+	needRoot(t)
+	saying(t, memberNamed(1)).Store("{}")
+	done := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread() // to the end, which is the thread's too
+		// struct landlock_ruleset_attr: handled_access_fs, handled_access_net, scoped.
+		attr := [3]uint64{2: unix.LANDLOCK_SCOPE_ABSTRACT_UNIX_SOCKET}
+		fd, _, errno := unix.Syscall(unix.SYS_LANDLOCK_CREATE_RULESET, uintptr(unsafe.Pointer(&attr)), unsafe.Sizeof(attr), 0)
+		if errno != 0 {
+			done <- errno
+			return
+		}
+		if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
+			done <- err
+			return
+		}
+		if _, _, errno := unix.Syscall(unix.SYS_LANDLOCK_RESTRICT_SELF, fd, 0, 0); errno != 0 {
+			done <- errno
+			return
+		}
+		unix.Close(int(fd))
+		_, err := askOne(memberNamed(1), time.Now().Add(askLimit))
+		done <- err
+	}()
+	err := <-done
+	if errors.Is(err, unix.ENOSYS) || errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EINVAL) || errors.Is(err, unix.E2BIG) {
+		t.Skipf("this kernel's Landlock can't refuse the connection: %v", err)
+	}
+	wantError(t, err, "the same seLinuxOptions.level")
+}
