@@ -114,11 +114,7 @@ func iptablesLeft() bool {
 			return true
 		}
 	}
-	conn, err := nftables.New()
-	if err != nil {
-		return false
-	}
-	chains, err := conn.ListChains()
+	chains, err := nfLook.ListChains()
 	return err == nil && slices.ContainsFunc(chains, func(c *nftables.Chain) bool {
 		return slices.ContainsFunc(hooks, func(h hook) bool { return h.chain == c.Name })
 	})
