@@ -107,6 +107,18 @@ var (
 		Name:      "node_faults",
 		Help:      "Gauge of what was found wrong with the node the last time it was looked at, each of which the log explains.",
 	}, []string{"fault"})
+	_ = promauto.NewGaugeFunc(prometheus.GaugeOpts{
+		Namespace: plugin.Namespace,
+		Subsystem: directiveName,
+		Name:      "tcp_clients",
+		Help:      "Gauge of the TCP connections that clients have open.",
+	}, tcpOpen)
+	tcpClosed = promauto.NewCounter(prometheus.CounterOpts{
+		Namespace: plugin.Namespace,
+		Subsystem: directiveName,
+		Name:      "tcp_clients_closed_total",
+		Help:      "Counter of TCP connections that were closed because clients had more open than there is room for.",
+	})
 	lookPanics = promauto.NewCounter(prometheus.CounterOpts{
 		Namespace: plugin.Namespace,
 		Subsystem: directiveName,

@@ -27,8 +27,9 @@ func nftOwn(t testing.TB, c *nftables.Conn) (own []*nftables.Table) {
 // elements returns what the kernel has in the sets of the one table, by role.
 func elements(t testing.TB) map[string]string {
 	t.Helper()
-	c, err := nftables.New()
+	c, err := dialNFT()
 	must(t, err)
+	defer c.CloseLasting()
 	own := nftOwn(t, c)
 	if len(own) != 1 {
 		t.Fatalf("%d tables of ours, want one", len(own))
@@ -75,8 +76,9 @@ func newTestNFT(t *testing.T) *nft {
 	fw := newNFT()
 	t.Cleanup(func() {
 		remove(t, fw)
-		c, err := nftables.New()
+		c, err := dialNFT()
 		must(t, err)
+		defer c.CloseLasting()
 		if own := nftOwn(t, c); len(own) != 0 {
 			t.Errorf("%d tables are left", len(own))
 		}

@@ -55,6 +55,7 @@ type node struct {
 	ready     atomic.Bool
 	answering counter
 	fast      fastpath
+	tcp       tcpClients
 
 	member   *member
 	others   others // as of this process's last turn

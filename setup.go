@@ -65,6 +65,7 @@ func setup(c *caddy.Controller) error {
 	if !ok {
 		c.Set(configKey{}, cfg)
 		ctx := c.Context()
+		c.OnStartup(func() error { theNode.tcp.start(); return nil })
 		c.OnStartup(func() error { return wrap(cfg.attachFast(ctx)) })
 		c.OnStartup(func() error { return wrap(theNode.start(cfg)) })
 		c.OnRestart(func() error { theNode.restarting(cfg, true); return nil })

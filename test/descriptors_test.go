@@ -1,0 +1,189 @@
+package e2e
+
+import (
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/miekg/dns"
+
+	"github.com/contentful-labs/coredns-nodecache/test/lab"
+)
+
+// descriptors is how many file descriptors the process has open.
+func (p *process) descriptors() int {
+	p.n.Helper()
+	fds, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", p.Pid))
+	p.n.must(err)
+	return len(fds)
+}
+
+// idle opens TCP connections from a namespace, which send nothing, and returns those
+// that came about.
+func idle(from *lab.Namespace, to netip.AddrPort, count int) (conns []net.Conn) {
+	var mu sync.Mutex
+	var wg sync.WaitGroup
+	const workers = 8
+	for range workers {
+		wg.Go(func() {
+			from.Do(func() error {
+				for range count / workers {
+					if c, err := net.DialTimeout("tcp", to.String(), time.Second); err == nil {
+						mu.Lock()
+						conns = append(conns, c)
+						mu.Unlock()
+					}
+				}
+				return nil
+			})
+		})
+	}
+	wg.Wait()
+	return conns
+}
+
+func closeAll(conns []net.Conn) {
+	for _, c := range conns {
+		c.Close()
+	}
+}
+
+// A pod with thousands of idle TCP connections takes nothing from others.
+func TestIdleTCPClientsTakeNothingFromOthers(t *testing.T) {
+	for _, limit := range []string{"1024", "16384"} {
+		t.Run(limit+"-descriptors", func(t *testing.T) {
+			n := newNode(t, nftables)
+			p := n.serveWith(n.monitored(9253), lab.Options{Via: []string{"prlimit", "--nofile=" + limit + ":" + limit}})
+			if low := strings.Contains(p.Log(), "may have only 1024 file descriptors open"); low != (limit == "1024") {
+				t.Errorf("with %s descriptors, that they are few is said: %v", limit, low)
+			}
+			before := p.descriptors()
+			running := n.start(
+				lab.Load{From: n.Pod, Proto: "udp", To: on(lab.LinkLocal, lab.ClusterIP6), Count: 1e6, Rate: 200},
+				lab.Load{From: n.Node, Proto: "udp", To: on(lab.ClusterIP, lab.Local6), Names: lab.Misses, Count: 1e6, Rate: 200},
+				lab.Load{From: n.Node, Proto: "tcp", To: on(lab.LinkLocal, lab.ClusterIP), Count: 1e6, Rate: 50})
+			n.sent(running, 50)
+			var most int
+			for range 3 { // CoreDNS itself closes what has sent nothing for 3 s
+				conns := idle(n.Pod, on(lab.LinkLocal)[0], 5000)
+				most = max(most, p.descriptors())
+				n.sent(running, 50)
+				closeAll(conns)
+			}
+			n.stop(running)
+			t.Logf("%d descriptors before, %d at most", before, most)
+			if closed := n.metrics("127.0.0.1:9253")["tcp_clients_closed_total"]; closed < 1000 {
+				t.Errorf("%v connections were closed", closed)
+			}
+			n.has(p.Log(), "TCP connections open, more than", "of 10.0.1.2, which has the most")
+			if !eventually(func() bool { return p.descriptors() < before+50 }) {
+				t.Errorf("%d descriptors are open, %d were before", p.descriptors(), before)
+			}
+			p.exit(syscall.SIGTERM)
+		})
+	}
+}
+
+// A process with more than 1,024 descriptors looks at nf_tables, reloads and leaves as
+// any other.
+func TestMoreThan1024Descriptors(t *testing.T) {
+	var bind []string
+	for i := range 560 {
+		bind = append(bind, fmt.Sprintf("169.254.%d.%d", 64+i/200, 1+i%200))
+	}
+	for _, b := range []backend{iptablesNFT, nftables} {
+		t.Run(strings.ReplaceAll(b.String(), " ", "-"), func(t *testing.T) {
+			n := newNode(t, b)
+			before := n.snapshot()
+			corefile := n.block(".:53", strings.Join(bind, " "), "sync 1s")
+			p := n.serve(corefile)
+			n.must(p.WaitLog(0, "looked for what commonly goes wrong"))
+			if open := p.descriptors(); open < 1100 {
+				t.Fatalf("only %d descriptors are open", open)
+			}
+			mark := p.Mark()
+			p.reload(n.block(".:53", strings.Join(bind, " ")+" 169.254.20.10", "sync 1s"))
+			n.must(p.WaitLog(mark, "looked for what commonly goes wrong"))
+			if b == iptablesNFT {
+				mark = p.Mark()
+				n.commands(n.Node, "iptables -t raw -F")
+				n.must(p.WaitLog(mark, "put back what another program had removed"))
+			}
+			n.run(lab.Load{From: n.Pod, Proto: "udp", To: on(lab.LinkLocal, netip.MustParseAddr(bind[0])), Count: 10}, false)
+			if strings.Contains(p.Log(), "a fault of this program") {
+				t.Error("a look panicked")
+			}
+			p.exit(syscall.SIGTERM)
+			n.same("after the exit", before, n.snapshot())
+		})
+	}
+}
+
+// Upstreams that never answer hold as many descriptors as there may be queries under
+// way, and take nothing from others.
+func TestHangingUpstreamsTakeNothingFromOthers(t *testing.T) {
+	for _, b := range []backend{iptablesNFT, nftables} {
+		t.Run(strings.ReplaceAll(b.String(), " ", "-"), func(t *testing.T) {
+			n := newNode(t, b)
+			// Nobody accepts, so that the kernel does and nothing comes back.
+			n.must(n.DNS.Do(func() error {
+				l, err := net.Listen("tcp", "10.0.2.2:5300")
+				if err == nil {
+					t.Cleanup(func() { l.Close() })
+				}
+				return err
+			}))
+			corefile := n.corefile("sync 1s")
+			for _, zone := range []string{"a.hang.:53", "b.hang.:53"} {
+				corefile += strings.ReplaceAll(n.block(zone, allAddrs, "sync 1s"), "forward . 10.0.2.2 {",
+					"forward . 10.0.2.2:5300 {\n        force_tcp\n        max_concurrent 1000\n        max_fails 0")
+			}
+			p := n.serve(corefile)
+			running := n.start(
+				lab.Load{From: n.Pod, Proto: "udp", To: on(addrs...), Count: 1e6, Rate: 200},
+				lab.Load{From: n.Node, Proto: "udp", To: on(lab.LinkLocal, lab.Local6), Names: lab.Misses, Count: 1e6, Rate: 50})
+			n.sent(running, 50)
+			ended := make(chan struct{})
+			var wg sync.WaitGroup
+			wg.Go(func() {
+				n.Pod.Do(func() error {
+					c, err := net.Dial("udp", "169.254.20.10:53")
+					if err != nil {
+						return err
+					}
+					defer c.Close()
+					for i := 0; ; i++ {
+						select {
+						case <-ended:
+							return nil
+						default:
+						}
+						m, _ := new(dns.Msg).SetQuestion(fmt.Sprintf("n%d.%c.hang.", i, 'a'+i%2), dns.TypeA).Pack()
+						c.Write(m)
+						if i%10 == 0 {
+							time.Sleep(time.Millisecond * 5)
+						}
+					}
+				})
+			})
+			defer func() { close(ended); wg.Wait() }()
+			if !eventually(func() bool { return p.descriptors() > 1900 }) {
+				t.Fatalf("only %d descriptors are open", p.descriptors())
+			}
+			n.sent(running, 50)
+			mark := p.Mark()
+			p.reload(corefile + "x.lab {\n bind 127.0.0.1\n}\n")
+			n.must(p.WaitLog(mark, "looked for what commonly goes wrong"))
+			n.sent(running, 50)
+			t.Logf("%d descriptors", p.descriptors())
+			n.stop(running)
+			p.exit(syscall.SIGTERM)
+		})
+	}
+}
