@@ -387,7 +387,7 @@ func (c *config) check(b *block, ours []string) error {
 		}
 	}
 	if b.link != noInterface {
-		if err := checkLink(b.link); err != nil {
+		if err := checkLink(b.link, slices.Contains(ours, b.link)); err != nil {
 			return errorAt(cmp.Or(b.ifaceAt, b.at), "interface %s: %w", b.link, err)
 		}
 	}
