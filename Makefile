@@ -116,6 +116,10 @@ repairs-kernel: coredns ## Measure repairs on Debian's kernel, which has the dum
 sizing: deps coredns ## Measure memory against cached answers and server blocks (needs root).
 	go run ./test/sizing
 
+.PHONY: limits
+limits: deps coredns ## Measure descriptors, goroutines and memory at the limits (needs root).
+	LAB_LIMITS=1 go test -count=1 -timeout 20m -v -run TestLimits ./test
+
 .PHONY: monitoring-test
 monitoring-test: deps coredns ## Test the alerts and the dashboard with Prometheus (needs root).
 	test/deps promtool prometheus

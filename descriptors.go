@@ -22,7 +22,7 @@ const (
 	// mostClients, leastClients and bytesOfClient are the same for a client's TCP connection.
 	mostClients   = 4096
 	leastClients  = 64
-	bytesOfClient = 24 << 10
+	bytesOfClient = 12 << 10
 
 	// fewDescriptors is where the log says what could be done about it.
 	fewDescriptors = 4096

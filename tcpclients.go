@@ -32,6 +32,8 @@ type tcpClients struct {
 	limit   int
 	others  int       // descriptors that were no client's at the last count
 	counted time.Time // when that was
+	// closing are those that CoreDNS has been shown the end of, and has not closed yet.
+	closing map[connID]bool
 	said    time.Time // when the log told of it
 }
 
@@ -60,6 +62,14 @@ func (g *tcpClients) look() {
 		return
 	}
 	g.others, g.counted = open-len(conns), time.Now()
+	total, still := len(conns), map[connID]bool{}
+	conns = slices.DeleteFunc(conns, func(c clientConn) bool {
+		if g.closing[c.connID] {
+			still[c.connID] = true
+		}
+		return g.closing[c.connID]
+	})
+	g.closing = still
 	if len(conns) <= g.limit {
 		return
 	}
@@ -71,6 +81,7 @@ func (g *tcpClients) look() {
 	closed := map[netip.Addr]int{}
 	for _, c := range going {
 		if c.shut() == nil {
+			g.closing[c.connID] = true
 			closed[c.peer.Addr()]++
 			tcpClosed.Inc()
 		}
@@ -79,14 +90,19 @@ func (g *tcpClients) look() {
 		g.said = time.Now()
 		most := slices.MaxFunc(slices.Collect(maps.Keys(closed)), func(a, b netip.Addr) int { return cmp.Compare(closed[a], closed[b]) })
 		log.Warningf("clients had %d TCP connections open, more than the %d that there is room for: closed %d of them that were idle, %d of %s, which has the most; nobody else's, and nothing over UDP, is affected",
-			len(conns), g.limit, len(going), closed[most], most)
+			total, g.limit, len(going), closed[most], most)
 	}
+}
+
+// connID tells one connection from another.
+type connID struct {
+	fd   int
+	peer netip.AddrPort
 }
 
 // clientConn is a TCP connection that a client has opened.
 type clientConn struct {
-	fd     int
-	peer   netip.AddrPort
+	connID
 	asking bool // it waits for an answer
 	idle   time.Duration
 }
@@ -120,7 +136,7 @@ func clientConns() (conns []clientConn, open int, err error) {
 			continue
 		}
 		if peer, ok := peerOf(fd); ok {
-			conns = append(conns, clientConn{fd: fd, peer: peer})
+			conns = append(conns, clientConn{connID: connID{fd, peer}})
 		}
 	}
 	return conns, len(fds), nil

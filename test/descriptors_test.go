@@ -125,54 +125,69 @@ func TestMoreThan1024Descriptors(t *testing.T) {
 	}
 }
 
+// hanging has an upstream that never answers over TCP, and returns server blocks that
+// forward to it as much as the manifests let them.
+func (n *node) hanging() (blocks string) {
+	n.Helper()
+	// Nobody accepts, so that the kernel does and nothing comes back.
+	n.must(n.DNS.Do(func() error {
+		l, err := net.Listen("tcp", "10.0.2.2:5300")
+		if err == nil {
+			n.Cleanup(func() { l.Close() })
+		}
+		return err
+	}))
+	for _, zone := range []string{"a.hang.:53", "b.hang.:53"} {
+		blocks += strings.ReplaceAll(n.block(zone, allAddrs, "sync 1s"), "forward . 10.0.2.2 {",
+			"forward . 10.0.2.2:5300 {\n        force_tcp\n        max_concurrent 1000\n        max_fails 0")
+	}
+	return blocks
+}
+
+// askHanging asks for names that get no answer, until it is stopped.
+func (n *node) askHanging() (stop func()) {
+	ended := make(chan struct{})
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		n.Pod.Do(func() error {
+			c, err := net.Dial("udp", "169.254.20.10:53")
+			if err != nil {
+				return err
+			}
+			defer c.Close()
+			pace := time.NewTicker(5 * time.Millisecond)
+			defer pace.Stop()
+			for i := 0; ; i++ {
+				m, _ := new(dns.Msg).SetQuestion(fmt.Sprintf("n%d.%c.hang.", i, 'a'+i%2), dns.TypeA).Pack()
+				c.Write(m)
+				if i%10 != 0 {
+					continue
+				}
+				select {
+				case <-ended:
+					return nil
+				case <-pace.C:
+				}
+			}
+		})
+	})
+	return sync.OnceFunc(func() { close(ended); wg.Wait() })
+}
+
 // Upstreams that never answer hold as many descriptors as there may be queries under
 // way, and take nothing from others.
 func TestHangingUpstreamsTakeNothingFromOthers(t *testing.T) {
 	for _, b := range []backend{iptablesNFT, nftables} {
 		t.Run(strings.ReplaceAll(b.String(), " ", "-"), func(t *testing.T) {
 			n := newNode(t, b)
-			// Nobody accepts, so that the kernel does and nothing comes back.
-			n.must(n.DNS.Do(func() error {
-				l, err := net.Listen("tcp", "10.0.2.2:5300")
-				if err == nil {
-					t.Cleanup(func() { l.Close() })
-				}
-				return err
-			}))
-			corefile := n.corefile("sync 1s")
-			for _, zone := range []string{"a.hang.:53", "b.hang.:53"} {
-				corefile += strings.ReplaceAll(n.block(zone, allAddrs, "sync 1s"), "forward . 10.0.2.2 {",
-					"forward . 10.0.2.2:5300 {\n        force_tcp\n        max_concurrent 1000\n        max_fails 0")
-			}
+			corefile := n.corefile("sync 1s") + n.hanging()
 			p := n.serve(corefile)
 			running := n.start(
 				lab.Load{From: n.Pod, Proto: "udp", To: on(addrs...), Count: 1e6, Rate: 200},
 				lab.Load{From: n.Node, Proto: "udp", To: on(lab.LinkLocal, lab.Local6), Names: lab.Misses, Count: 1e6, Rate: 50})
 			n.sent(running, 50)
-			ended := make(chan struct{})
-			var wg sync.WaitGroup
-			wg.Go(func() {
-				n.Pod.Do(func() error {
-					c, err := net.Dial("udp", "169.254.20.10:53")
-					if err != nil {
-						return err
-					}
-					defer c.Close()
-					for i := 0; ; i++ {
-						select {
-						case <-ended:
-							return nil
-						default:
-						}
-						m, _ := new(dns.Msg).SetQuestion(fmt.Sprintf("n%d.%c.hang.", i, 'a'+i%2), dns.TypeA).Pack()
-						c.Write(m)
-						if i%10 == 0 {
-							time.Sleep(time.Millisecond * 5)
-						}
-					}
-				})
-			})
-			defer func() { close(ended); wg.Wait() }()
+			stop := n.askHanging()
+			defer stop()
 			if !eventually(func() bool { return p.descriptors() > 1900 }) {
 				t.Fatalf("only %d descriptors are open", p.descriptors())
 			}
@@ -185,5 +200,54 @@ func TestHangingUpstreamsTakeNothingFromOthers(t *testing.T) {
 			n.stop(running)
 			p.exit(syscall.SIGTERM)
 		})
+	}
+}
+
+// What a process takes at the limits that it is built for. make limits prints it.
+func TestLimits(t *testing.T) {
+	if os.Getenv("LAB_LIMITS") == "" {
+		t.Skip("measures: run make limits")
+	}
+	const at = "127.0.0.1:9253"
+	show := func(n *node, what string) {
+		m := n.metrics(at)
+		t.Logf("| %s | %.0f | %.0f | %.1f MiB |", what, m["process_open_fds"], m["go_goroutines"], m["process_resident_memory_bytes"]/(1<<20))
+	}
+	t.Logf("| | Descriptors | Goroutines | Memory |")
+	for _, b := range []backend{iptablesNFT, nftables} {
+		n := newNode(t, b)
+		monitor := "lab.test {\n bind 127.0.0.1\n prometheus " + at + "\n}\n"
+		p := n.serve(n.corefile("sync 1s") + n.hanging() + monitor)
+		show(n, b.String()+", at rest")
+		conns := idle(n.Pod, on(lab.LinkLocal)[0], 5000)
+		show(n, fmt.Sprintf("%d idle TCP connections", len(conns)))
+		closeAll(conns)
+		eventually(func() bool { return p.descriptors() < 100 })
+		stop := n.askHanging()
+		eventually(func() bool { return p.descriptors() > 2000 })
+		show(n, "2000 hanging queries")
+		stop()
+		p.exit(syscall.SIGTERM)
+
+		bind := make([]string, 1000)
+		for i := range bind {
+			bind[i] = fmt.Sprintf("169.254.%d.%d", 64+i/200, 1+i%200)
+		}
+		p = n.serve(n.block(".:53", strings.Join(bind, " "), "sync 2s") + monitor)
+		eventually(func() bool { return strings.Contains(p.Log(), "looked for what commonly goes wrong") })
+		show(n, "1000 addresses")
+		const cpu, synced = "process_cpu_seconds_total", "last_sync_success_timestamp_seconds"
+		before, checks := n.metrics(at), 0
+		last := before
+		eventually(func() bool {
+			now := n.metrics(at)
+			if now[synced] != last[synced] {
+				checks++
+				last = now
+			}
+			return checks == 5
+		})
+		t.Logf("a check of 1000 addresses: %.0f ms of CPU", (last[cpu]-before[cpu])/float64(checks)*1000)
+		p.exit(syscall.SIGTERM)
 	}
 }
