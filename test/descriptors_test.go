@@ -90,6 +90,41 @@ func TestIdleTCPClientsTakeNothingFromOthers(t *testing.T) {
 	}
 }
 
+// What a client with too many connections still waits for, it gets.
+func TestQueryInWorkOutlivesItsClientsIdleConnections(t *testing.T) {
+	n := newNode(t, nftables)
+	n.serveWith(n.monitored(9253), lab.Options{Via: []string{"prlimit", "--nofile=1024:1024"}})
+	asked := n.Cluster.Queries()
+	var asking []*dns.Conn
+	n.must(n.Pod.Do(func() error {
+		for i := range 5 {
+			c, err := dns.Dial("tcp", "169.254.20.10:53")
+			if err != nil {
+				return err
+			}
+			t.Cleanup(func() { c.Close() })
+			asking = append(asking, c)
+			if err := c.WriteMsg(new(dns.Msg).SetQuestion(fmt.Sprintf("slow-3s-%d.lab.", i), dns.TypeA)); err != nil {
+				return err
+			}
+		}
+		return nil
+	}))
+	if !eventually(func() bool { return n.Cluster.Queries() >= asked+5 }) {
+		t.Fatal("the cluster was not asked")
+	}
+	conns := idle(n.Pod, on(lab.LinkLocal)[0], 1000)
+	defer closeAll(conns)
+	if !eventually(func() bool { return n.metrics("127.0.0.1:9253")["tcp_clients_closed_total"] > 100 }) {
+		t.Error("no connection was closed")
+	}
+	for _, c := range asking {
+		if r, err := c.ReadMsg(); err != nil || len(r.Answer) != 1 {
+			t.Errorf("a query in work was answered with %v, error %v", r, err)
+		}
+	}
+}
+
 // A process with more than 1,024 descriptors looks at nf_tables, reloads and leaves as
 // any other.
 func TestMoreThan1024Descriptors(t *testing.T) {
