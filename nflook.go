@@ -64,10 +64,15 @@ const bufferBytes = 8 << 20
 
 // dialNFT opens a lasting connection with nf_tables.
 func dialNFT() (conn *nftables.Conn, err error) {
-	err = lowDescriptors.lend(func() (err error) {
-		conn, err = nftables.New(nftables.AsLasting(), nftables.WithSockOptions(setUpSocket))
-		return err
-	})
+	for range 3 { // somebody else may have got the low number
+		err = lowDescriptors.lend(func() (err error) {
+			conn, err = nftables.New(nftables.AsLasting(), nftables.WithSockOptions(setUpSocket))
+			return err
+		})
+		if err == nil {
+			break
+		}
+	}
 	if err != nil {
 		return nil, fmt.Errorf("opening nftables: %w", err)
 	}

@@ -133,6 +133,29 @@ func TestNFTReloadKeepsWhatStays(t *testing.T) {
 	wantElements(t, list(next), list(next), list(next))
 }
 
+// More elements than a netlink message or a socket's usual buffer holds.
+func TestNFTTakesManyEndpoints(t *testing.T) {
+	fw := newTestNFT(t)
+	var es []endpoint
+	for i := range 2500 {
+		es = append(es, dnsOn(fmt.Sprintf("10.%d.%d.1", 1+i/250, i%250), fmt.Sprintf("fd00:20::%x", i+1))...)
+	}
+	_, err := fw.ensure(es)
+	must(t, err)
+	fw.serve(es)
+	missing, err := fw.ensure(es)
+	must(t, err)
+	for s, has := range fw.has { // as read back
+		if missing != 0 || len(has) != len(es)/2 {
+			t.Errorf("the set %s%d has %d elements, want %d; %d are missing", s.role, s.family, len(has), len(es)/2, missing)
+		}
+	}
+	_, err = fw.ensure(es[:4])
+	must(t, err)
+	slices.SortFunc(es[:4], compareEndpoints)
+	wantElements(t, list(es[:4]), list(es[:4]), list(es[:4]))
+}
+
 func TestNFTTableIsNobodyElsesToChange(t *testing.T) {
 	fw := newTestNFT(t)
 	es := dnsOn("169.254.20.10")

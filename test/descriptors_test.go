@@ -256,6 +256,8 @@ func TestLimits(t *testing.T) {
 		show(n, b.String()+", at rest")
 		conns := idle(n.Pod, on(lab.LinkLocal)[0], 5000)
 		show(n, fmt.Sprintf("%d idle TCP connections", len(conns)))
+		eventually(func() bool { return p.descriptors() < 4200 })
+		show(n, "what is left of them")
 		closeAll(conns)
 		eventually(func() bool { return p.descriptors() < 100 })
 		stop := n.askHanging()
