@@ -124,6 +124,10 @@ repairs-kernel: coredns ## Measure repairs on Debian's kernel, which has the dum
 sizing: deps coredns ## Measure memory against cached answers and server blocks (needs root).
 	$(call run,sizing)
 
+.PHONY: limits
+limits: deps coredns ## Measure descriptors, goroutines and memory at the limits (needs root).
+	LAB_LIMITS=1 go test -C test -count=1 -timeout 20m -v -run TestLimits .
+
 .PHONY: monitoring-test
 monitoring-test: deps coredns ## Test the alerts and the dashboard with Prometheus (needs root).
 	test/deps promtool prometheus
@@ -156,9 +160,11 @@ race: deps ## Run the package's tests with the race detector (needs a C compiler
 	CGO_ENABLED=1 go test -race -count=1 -timeout 20m .
 
 .PHONY: fuzz
-fuzz: ## Fuzz the parsers of the directive, of queries and of iptables-save, each for FUZZTIME (5m).
-	for f in FuzzDirective FuzzPlainQuery FuzzTTLOffsets FuzzSave; do \
-		go test -run '^$$' -fuzz $$f -fuzztime $(FUZZTIME) . || exit; \
+fuzz: ## Run every fuzz test of the plugin for FUZZTIME (5m).
+	for p in $$(go list ./...); do \
+		for f in $$(go test -list '^Fuzz' $$p | grep '^Fuzz'); do \
+			go test -run '^$$' -fuzz "^$$f\$$" -fuzztime $(FUZZTIME) $$p || exit; \
+		done; \
 	done
 
 .PHONY: cover

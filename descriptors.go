@@ -1,8 +1,12 @@
 package nodecache
 
 import (
+	"fmt"
 	"math"
+	"os"
 	"runtime/debug"
+	"strconv"
+	"sync"
 
 	"golang.org/x/sys/unix"
 )
@@ -14,6 +18,14 @@ const (
 	leastUnderWay = 64
 	// bytesUnderWay is what a query that waits for an upstream takes (docs/sizing.md).
 	bytesUnderWay = 21 << 10
+
+	// mostClients, leastClients and bytesOfClient are the same for a client's TCP connection.
+	mostClients   = 4096
+	leastClients  = 64
+	bytesOfClient = 12 << 10
+
+	// fewDescriptors is where the log says what could be done about it.
+	fewDescriptors = 4096
 )
 
 // descriptorLimit returns how many file descriptors this process may have. Go's runtime
@@ -36,4 +48,66 @@ func underWayLimit() int {
 
 func underWayWithin(descriptors int, memory int64) int {
 	return max(leastUnderWay, min(descriptors/4, mostUnderWay, int(min(memory/2/bytesUnderWay, mostUnderWay))))
+}
+
+// tcpLimit returns how many TCP connections clients may have open at a time. They get
+// a quarter of the memory.
+func tcpLimit() int {
+	return clientsWithin(descriptorLimit(), debug.SetMemoryLimit(-1))
+}
+
+func clientsWithin(descriptors int, memory int64) int {
+	return max(leastClients, min(descriptors/4, mostClients, int(min(memory/4/bytesOfClient, mostClients))))
+}
+
+func warnOfFewDescriptors() {
+	if n := descriptorLimit(); n < fewDescriptors {
+		log.Warningf("this process may have only %d file descriptors open, so that clients can have %d TCP connections and %d queries can wait for upstreams: raise the hard limit, as with LimitNOFILE= of the container runtime's unit",
+			n, tcpLimit(), underWayLimit())
+	}
+}
+
+// fdDir is /proc/self/fd. It stays open, so that it can be read when there are no more
+// descriptors to be had.
+var fdDir struct {
+	sync.Mutex
+	file *os.File
+}
+
+// descriptors returns the numbers of this process's open descriptors.
+func descriptors() ([]int, error) {
+	fdDir.Lock()
+	defer fdDir.Unlock()
+	if fdDir.file == nil {
+		var err error
+		if fdDir.file, err = os.Open("/proc/self/fd"); err != nil {
+			return nil, fmt.Errorf("listing this process's descriptors: %w", err)
+		}
+	}
+	_, err := fdDir.file.Seek(0, 0)
+	if err != nil {
+		return nil, fmt.Errorf("listing this process's descriptors: %w", err)
+	}
+	names, err := fdDir.file.Readdirnames(-1)
+	if err != nil {
+		return nil, fmt.Errorf("listing this process's descriptors: %w", err)
+	}
+	var fds []int
+	for _, name := range names {
+		if fd, err := strconv.Atoi(name); err == nil {
+			fds = append(fds, fd)
+		}
+	}
+	return fds, nil
+}
+
+// descriptorsOpen returns how many there are, which Linux tells as the directory's size
+// since 6.2.
+func descriptorsOpen() (int, error) {
+	var st unix.Stat_t
+	if err := unix.Stat("/proc/self/fd", &st); err == nil && st.Size > 0 {
+		return int(st.Size), nil
+	}
+	fds, err := descriptors()
+	return len(fds), err
 }

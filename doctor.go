@@ -86,6 +86,7 @@ var examination struct {
 // examine looks for faults and tells of each; again says that it has done so before for
 // this configuration, and that only news count.
 func (n *node) examine(s site, again bool) {
+	defer outlive("looking for faults of the node")
 	examination.Lock()
 	defer examination.Unlock()
 	total, found := 0, map[string]int{}
@@ -172,15 +173,11 @@ func rulesInRaw(f family) (lines []string) {
 			lines = slices.AppendSeq(lines, strings.Lines(string(out)))
 		}
 	}
-	conn, err := nftables.New()
-	if err != nil {
-		return lines
-	}
 	table := &nftables.Table{Name: "raw", Family: nftables.TableFamilyIPv4}
 	if f == ipv6 {
 		table.Family = nftables.TableFamilyIPv6
 	}
-	rules, err := conn.GetRules(table, &nftables.Chain{Name: "PREROUTING"})
+	rules, err := nfLook.GetRules(table, &nftables.Chain{Name: "PREROUTING"})
 	if err != nil {
 		return lines
 	}
@@ -255,11 +252,7 @@ func firewallDrops(s site) (found []string) {
 	if len(s.backends) == 0 {
 		return nil
 	}
-	conn, err := nftables.New()
-	if err != nil {
-		return nil
-	}
-	chains, err := conn.ListChains()
+	chains, err := nfLook.ListChains()
 	if err != nil {
 		return nil
 	}
@@ -271,7 +264,7 @@ func firewallDrops(s site) (found []string) {
 		if ip && c.Table.Name == "filter" && s.backends[backendIPT] {
 			continue // of iptables-nft: our ACCEPT is in there
 		}
-		if !ip && c.Table.Family != nftables.TableFamilyINet || mentionsDNS(conn, c.Table) {
+		if !ip && c.Table.Family != nftables.TableFamilyINet || mentionsDNS(c.Table) {
 			continue
 		}
 		found = append(found, fmt.Sprintf("the firewall drops what comes in and no rule of its accepts (chain %s of the nftables table %s), and none of its rules names port 53: have it accept UDP and TCP to port 53 of %s, whatever the connection state, or pods get no answer",
@@ -281,9 +274,9 @@ func firewallDrops(s site) (found []string) {
 }
 
 // mentionsDNS tells whether a rule or a set of the table has the port 53.
-func mentionsDNS(conn *nftables.Conn, t *nftables.Table) bool {
+func mentionsDNS(t *nftables.Table) bool {
 	port := binary.BigEndian.AppendUint16(nil, 53)
-	chains, err := conn.ListChains()
+	chains, err := nfLook.ListChains()
 	if err != nil {
 		return true
 	}
@@ -291,7 +284,7 @@ func mentionsDNS(conn *nftables.Conn, t *nftables.Table) bool {
 		if c.Table.Name != t.Name || c.Table.Family != t.Family {
 			continue
 		}
-		rules, err := conn.GetRules(t, c)
+		rules, err := nfLook.GetRules(t, c)
 		if err != nil {
 			return true
 		}
@@ -314,12 +307,12 @@ func mentionsDNS(conn *nftables.Conn, t *nftables.Table) bool {
 			}
 		}
 	}
-	sets, err := conn.GetSets(t)
+	sets, err := nfLook.GetSets(t)
 	if err != nil {
 		return true
 	}
 	for _, set := range sets {
-		elements, err := conn.GetSetElements(set)
+		elements, err := nfLook.GetSetElements(set)
 		if err != nil {
 			return true
 		}

@@ -132,10 +132,11 @@ func chainNames() string {
 // removeFromNFT removes our chains and the jumps to them from what iptables-nft has in
 // nf_tables, without its programs: they may not be here, and can't read every table.
 func removeFromNFT(f family) error {
-	conn, err := nftables.New()
+	conn, err := dialNFT()
 	if err != nil {
-		return fmt.Errorf("opening nftables: %w", err)
+		return err
 	}
+	defer conn.CloseLasting()
 	found := false
 	for _, h := range hooks {
 		t := nftTable(f, h.table)

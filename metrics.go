@@ -107,6 +107,24 @@ var (
 		Name:      "node_faults",
 		Help:      "Gauge of what was found wrong with the node the last time it was looked at, each of which the log explains.",
 	}, []string{"fault"})
+	_ = promauto.NewGaugeFunc(prometheus.GaugeOpts{
+		Namespace: plugin.Namespace,
+		Subsystem: directiveName,
+		Name:      "tcp_clients",
+		Help:      "Gauge of the TCP connections that clients have open.",
+	}, tcpOpen)
+	tcpClosed = promauto.NewCounter(prometheus.CounterOpts{
+		Namespace: plugin.Namespace,
+		Subsystem: directiveName,
+		Name:      "tcp_clients_closed_total",
+		Help:      "Counter of TCP connections that were closed because clients had more open than there is room for.",
+	})
+	lookPanics = promauto.NewCounter(prometheus.CounterOpts{
+		Namespace: plugin.Namespace,
+		Subsystem: directiveName,
+		Name:      "look_panics_total",
+		Help:      "Counter of looks at the node that a fault of this program has ended, which the log explains.",
+	})
 	info = promauto.NewGaugeVec(prometheus.GaugeOpts{
 		Namespace: plugin.Namespace,
 		Subsystem: directiveName,
@@ -173,6 +191,7 @@ func init() {
 // observe sets the gauges: links and addresses as the kernel has them now, rules
 // as the backends' last look has left them, which costs no process.
 func (n *node) observe() {
+	defer outlive("counting what is in place")
 	links, addrs, inPlaceLinks, inPlaceAddrs := 0, 0, 0, 0
 	for name, want := range n.want.links {
 		links++

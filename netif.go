@@ -45,6 +45,9 @@ func linkByName(name string) (netlink.Link, error) {
 // an error that says what it is otherwise.
 func linkKind(l netlink.Link) (string, error) {
 	if t, ok := l.(*netlink.Tuntap); ok && t.Mode != netlink.TUNTAP_MODE_TAP {
+		if t.NonPersist { // it goes when its program does; ours has none
+			return "", errors.New("a link of this name exists and belongs to a running program: name another interface")
+		}
 		return "tun", nil
 	}
 	if l.Type() == "dummy" {
@@ -53,13 +56,20 @@ func linkKind(l netlink.Link) (string, error) {
 	return "", fmt.Errorf("a link of this name exists and is of the type %s, not dummy: remove it or name another interface", l.Type())
 }
 
-// checkLink says whether name is free or already ours to use.
-func checkLink(name string) error {
+// checkLink says whether name is free, or already ours to use: what this or another
+// process has (inUse), or what one that was killed has left, which has no foreign address.
+func checkLink(name string, inUse bool) error {
 	l, err := linkByName(name)
 	if err != nil || l == nil {
 		return err
 	}
-	_, err = linkKind(l)
+	if _, err = linkKind(l); err != nil || inUse {
+		return err
+	}
+	others, err := foreignAddrs(l)
+	if err == nil && len(others) > 0 {
+		err = fmt.Errorf("a link of this name exists and carries %s of somebody else: take that address off it, or name another interface", join(others))
+	}
 	return err
 }
 
@@ -226,7 +236,7 @@ func makeLocal(l netlink.Link, a netip.Addr) error {
 	return netlink.RouteReplace(ourRoute(l, a, a.AsSlice()))
 }
 
-// prune takes every address but addrs from the link, and the link away if none
+// prune takes every address of ours but addrs from the link, and the link away if none
 // is left to carry.
 func (n *netif) prune(addrs []netip.Addr) error {
 	l, err := linkByName(n.name)
@@ -236,7 +246,13 @@ func (n *netif) prune(addrs []netip.Addr) error {
 	if _, err := linkKind(l); err != nil {
 		return nil // somebody has put another link in our place: not ours
 	}
-	if len(addrs) == 0 {
+	others, err := foreignAddrs(l)
+	if err != nil {
+		return err
+	}
+	if len(addrs) == 0 && len(others) > 0 {
+		log.Warningf("the link %s stays, as it carries %s of somebody else", n.name, join(others))
+	} else if len(addrs) == 0 {
 		if err := netlink.LinkDel(l); err != nil && !errors.Is(err, unix.ENODEV) {
 			return fmt.Errorf("removing the link %s: %w", n.name, err)
 		}
@@ -249,7 +265,7 @@ func (n *netif) prune(addrs []netip.Addr) error {
 	if err := n.remove(l, slices.DeleteFunc(have, func(a netip.Addr) bool { return slices.Contains(addrs, a) })); err != nil {
 		return err
 	}
-	if l.Attrs().RawFlags&unix.IFF_UP != 0 && !slices.ContainsFunc(addrs, netip.Addr.Is6) {
+	if l.Attrs().RawFlags&unix.IFF_UP != 0 && len(others) == 0 && !slices.ContainsFunc(addrs, netip.Addr.Is6) {
 		if err := netlink.LinkSetDown(l); err != nil {
 			return fmt.Errorf("setting %s down, as it carries no IPv6 address any more: %w", n.name, err)
 		}
@@ -285,6 +301,22 @@ func (n *netif) addrs(l netlink.Link) ([]netip.Addr, error) {
 		}
 	}
 	return addrs, nil
+}
+
+// foreignAddrs returns the addresses on the link l that only somebody else can have put
+// there: those with another prefix than ours, less what the kernel gives each link.
+func foreignAddrs(l netlink.Link) (others []netip.Prefix, err error) {
+	list, err := dumped(func() ([]netlink.Addr, error) { return netlink.AddrList(l, netlink.FAMILY_ALL) })
+	if err != nil {
+		return nil, fmt.Errorf("listing the addresses of %s: %w", l.Attrs().Name, err)
+	}
+	for _, x := range list {
+		ip, ok := netip.AddrFromSlice(x.IP)
+		if ones, bits := x.Mask.Size(); ok && ones != bits && !(ip.Is6() && ip.IsLinkLocalUnicast()) {
+			others = append(others, netip.PrefixFrom(ip.Unmap(), ones))
+		}
+	}
+	return others, nil
 }
 
 // unprefer has the node's own programs send to addrs from another address of the

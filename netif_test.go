@@ -232,9 +232,9 @@ func TestLinkOfAnotherTypeIsRefused(t *testing.T) {
 	if !errors.As(err, &typed) || typed.errortype != errInterfaceCheck {
 		t.Errorf("the error counts as %q, want %q", typed.errortype, errInterfaceCheck)
 	}
-	wantError(t, checkLink(testLink), "a link of this name exists")
-	wantError(t, checkLink("lo"), "a link of this name exists")
-	wantError(t, checkLink("nctest8"), "")
+	wantError(t, checkLink(testLink, false), "a link of this name exists")
+	wantError(t, checkLink("lo", false), "a link of this name exists")
+	wantError(t, checkLink("nctest8", false), "")
 	for _, keep := range [][]netip.Addr{nil, addrs("10.96.0.10")} {
 		if err := n.prune(keep); err != nil {
 			t.Errorf("prune: %v", err)

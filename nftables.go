@@ -7,6 +7,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"net/netip"
 	"slices"
 
 	"github.com/google/nftables"
@@ -26,7 +27,8 @@ type nft struct {
 	conn  *nftables.Conn // keeps one socket open, which the table belongs to
 	table *nftables.Table
 	sets  map[setOf]*nftables.Set
-	has   map[setOf]map[endpoint]bool
+	// has is what the kernel had in the sets at the last look, or change.
+	has map[setOf]map[endpoint]bool
 }
 
 // setOf names one of the table's sets.
@@ -54,13 +56,13 @@ func (t *nft) String() string { return "nftables" }
 func (t *nft) ensure(_ context.Context, es []endpoint, _ standing) (missing int, err error) {
 	es = plain(es)
 	if t.table != nil {
-		switch _, err := t.conn.ListTableOfFamily(t.table.Name, nftables.TableFamilyINet); {
+		switch missing, err = t.readBack(); {
 		case errors.Is(err, unix.ENOENT):
 			// Only a new network namespace or a kernel's bug could bring this about.
 			missing = len(es)
 			t.close()
 		case err != nil:
-			return 0, setupError(errFirewall, fmt.Errorf("looking for the nftables table %s: %w", t.table.Name, err))
+			return 0, setupError(errFirewall, fmt.Errorf("looking into the nftables table %s: %w", t.table.Name, err))
 		}
 	}
 	if len(es) == 0 {
@@ -80,25 +82,10 @@ func (t *nft) ensure(_ context.Context, es []endpoint, _ standing) (missing int,
 			return 0, err
 		}
 	}
-	want := map[endpoint]bool{}
-	for _, e := range es {
-		want[e] = true
-	}
-	for s, has := range t.has {
-		var gone, new []endpoint
-		for e := range has {
-			if !want[e] {
-				gone = append(gone, e)
-			}
-		}
-		for e := range want {
-			if s.role == roleAnswers && familyOf(e.addr) == s.family && !has[e] {
-				new = append(new, e)
-			}
-		}
-		t.change(s, new, gone)
-	}
-	return missing, t.flush("writing")
+	want := setOfAll(es)
+	return missing, t.change(es, func(role string, e endpoint, stands bool) bool {
+		return want[e] && (stands || role == roleAnswers)
+	})
 }
 
 func (t *nft) serve(es []endpoint) {
@@ -106,23 +93,19 @@ func (t *nft) serve(es []endpoint) {
 	if t.table == nil {
 		return
 	}
-	for s, has := range t.has {
-		var new, gone []endpoint
-		for _, e := range es {
-			if s.role != roleAnswers && familyOf(e.addr) == s.family && !has[e] {
-				new = append(new, e)
-			}
-		}
-		for e := range has {
+	served := setOfAll(es)
+	err := t.change(es, func(role string, e endpoint, stands bool) bool {
+		switch role {
+		case roleQueries:
 			// Where there is no socket the rule for queries is out of force anyway,
 			// and it has to stay for connections that are still open.
-			if s.role == roleClients && !slices.Contains(es, e) {
-				gone = append(gone, e)
-			}
+			return stands || served[e]
+		case roleClients:
+			return served[e]
 		}
-		t.change(s, new, gone)
-	}
-	if err := t.flush("writing"); err != nil {
+		return stands
+	})
+	if err != nil {
 		log.Errorf("%v", count(err))
 	}
 }
@@ -131,16 +114,10 @@ func (t *nft) leave(_ context.Context, gone []endpoint) error {
 	if t.table == nil {
 		return nil
 	}
-	for s, has := range t.has {
-		var out []endpoint
-		for _, e := range plain(gone) {
-			if s.role != roleAnswers && e.proto == "udp" && has[e] {
-				out = append(out, e)
-			}
-		}
-		t.change(s, nil, out)
-	}
-	return t.flush("writing")
+	left := setOfAll(plain(gone))
+	return t.change(nil, func(role string, e endpoint, stands bool) bool {
+		return stands && (role == roleAnswers || e.proto != "udp" || !left[e])
+	})
 }
 
 // plain returns es as this backend tells them apart: whose port it is does not
@@ -153,10 +130,18 @@ func plain(es []endpoint) []endpoint {
 	return es
 }
 
+func setOfAll(es []endpoint) map[endpoint]bool {
+	set := map[endpoint]bool{}
+	for _, e := range es {
+		set[e] = true
+	}
+	return set
+}
+
 // create makes the table, its sets, chains and rules, as one transaction.
 func (t *nft) create() (err error) {
-	if t.conn, err = nftables.New(nftables.AsLasting()); err != nil {
-		return setupError(errFirewall, fmt.Errorf("opening nftables: %w", err))
+	if t.conn, err = dialNFT(); err != nil {
+		return setupError(errFirewall, err)
 	}
 	id := make([]byte, 4) // a process's number is not unique among containers
 	rand.Read(id)
@@ -221,27 +206,66 @@ func lookup(s setOf, set *nftables.Set) []expr.Any {
 	return append(rule, &expr.Notrack{})
 }
 
-// change notes that elements are to come and go with the next flush.
-func (t *nft) change(s setOf, new, gone []endpoint) {
-	elements := func(es []endpoint) (els []nftables.SetElement) {
-		for _, e := range es {
-			els = append(els, nftables.SetElement{Key: e.key()})
+// change has each set hold what wanted says of it, asked about what the set has and
+// about es, as one transaction.
+func (t *nft) change(es []endpoint, wanted func(role string, e endpoint, stands bool) bool) error {
+	next := map[setOf]map[endpoint]bool{}
+	for s, has := range t.has {
+		var comes, leaves []nftables.SetElement
+		next[s] = map[endpoint]bool{}
+		for e := range has {
+			if wanted(s.role, e, true) {
+				next[s][e] = true
+			} else {
+				leaves = append(leaves, nftables.SetElement{Key: e.key()})
+			}
 		}
-		return els
+		for _, e := range es {
+			if familyOf(e.addr) == s.family && !has[e] && !next[s][e] && wanted(s.role, e, false) {
+				next[s][e] = true
+				comes = append(comes, nftables.SetElement{Key: e.key()})
+			}
+		}
+		// The errors of these two are those of marshalling values of fixed length.
+		if len(comes) > 0 {
+			t.conn.SetAddElements(t.sets[s], comes)
+		}
+		if len(leaves) > 0 {
+			t.conn.SetDeleteElements(t.sets[s], leaves)
+		}
 	}
-	// The errors of these two are those of marshalling values of fixed length.
-	if len(new) > 0 {
-		t.conn.SetAddElements(t.sets[s], elements(new))
+	// One that fails has changed nothing, or what it has the next ensure reads back.
+	if err := t.flush("writing"); err != nil {
+		return err
 	}
-	if len(gone) > 0 {
-		t.conn.SetDeleteElements(t.sets[s], elements(gone))
+	t.has = next
+	return nil
+}
+
+// readBack takes over what the kernel has in the sets, and returns how many endpoints
+// it lacks of what was written.
+func (t *nft) readBack() (missing int, err error) {
+	gone := map[endpoint]bool{}
+	has := map[setOf]map[endpoint]bool{}
+	for s, set := range t.sets {
+		elements, err := nfLook.GetSetElements(set)
+		if err != nil {
+			return 0, err
+		}
+		has[s] = map[endpoint]bool{}
+		for _, el := range elements {
+			if e, ok := endpointOfKey(el.Key); ok {
+				has[s][e] = true
+			}
+		}
+		for e := range t.has[s] {
+			if !has[s][e] {
+				gone[e] = true
+			}
+		}
 	}
-	for _, e := range new {
-		t.has[s][e] = true
-	}
-	for _, e := range gone {
-		delete(t.has[s], e)
-	}
+	t.has = has
+	return len(gone), nil
 }
 
 // key is e as an element: protocol, address and port, each padded to 4 bytes.
@@ -252,6 +276,16 @@ func (e endpoint) key() []byte {
 	}
 	k := append([]byte{proto, 0, 0, 0}, e.addr.AsSlice()...)
 	return append(binary.BigEndian.AppendUint16(k, e.port), 0, 0)
+}
+
+// endpointOfKey is the endpoint of an element, if it is one of ours.
+func endpointOfKey(k []byte) (e endpoint, ok bool) {
+	if len(k) < 8 {
+		return e, false
+	}
+	addr, ok := netip.AddrFromSlice(k[4 : len(k)-4])
+	e = endpoint{addr: addr, proto: map[byte]string{unix.IPPROTO_UDP: "udp", unix.IPPROTO_TCP: "tcp"}[k[0]], port: binary.BigEndian.Uint16(k[len(k)-4:])}
+	return e, ok && e.proto != ""
 }
 
 func (t *nft) flush(doing string) error {

@@ -27,8 +27,9 @@ func nftOwn(t testing.TB, c *nftables.Conn) (own []*nftables.Table) {
 // elements returns what the kernel has in the sets of the one table, by role.
 func elements(t testing.TB) map[string]string {
 	t.Helper()
-	c, err := nftables.New()
+	c, err := dialNFT()
 	must(t, err)
+	defer c.CloseLasting()
 	own := nftOwn(t, c)
 	if len(own) != 1 {
 		t.Fatalf("%d tables of ours, want one", len(own))
@@ -75,8 +76,9 @@ func newTestNFT(t *testing.T) *nft {
 	fw := newNFT()
 	t.Cleanup(func() {
 		remove(t, fw)
-		c, err := nftables.New()
+		c, err := dialNFT()
 		must(t, err)
+		defer c.CloseLasting()
 		if own := nftOwn(t, c); len(own) != 0 {
 			t.Errorf("%d tables are left", len(own))
 		}
@@ -129,6 +131,29 @@ func TestNFTReloadKeepsWhatStays(t *testing.T) {
 	_, err = fw.ensure(t.Context(), next, standing{})
 	must(t, err)
 	wantElements(t, list(next), list(next), list(next))
+}
+
+// More elements than a netlink message or a socket's usual buffer holds.
+func TestNFTTakesManyEndpoints(t *testing.T) {
+	fw := newTestNFT(t)
+	var es []endpoint
+	for i := range 2500 {
+		es = append(es, dnsOn(fmt.Sprintf("10.%d.%d.1", 1+i/250, i%250), fmt.Sprintf("fd00:20::%x", i+1))...)
+	}
+	_, err := fw.ensure(t.Context(), es, standing{})
+	must(t, err)
+	fw.serve(es)
+	missing, err := fw.ensure(t.Context(), es, standing{})
+	must(t, err)
+	for s, has := range fw.has { // as read back
+		if missing != 0 || len(has) != len(es)/2 {
+			t.Errorf("the set %s%d has %d elements, want %d; %d are missing", s.role, s.family, len(has), len(es)/2, missing)
+		}
+	}
+	_, err = fw.ensure(t.Context(), es[:4], standing{})
+	must(t, err)
+	slices.SortFunc(es[:4], compareEndpoints)
+	wantElements(t, list(es[:4]), list(es[:4]), list(es[:4]))
 }
 
 func TestNFTTableIsNobodyElsesToChange(t *testing.T) {

@@ -70,10 +70,11 @@ type node struct {
 	ready     atomic.Bool
 	answering counter
 	fast      fastpath
+	tcp       tcpClients
 
 	member   *member
 	others   others // as of this process's last turn
-	watching bool
+	watching watched
 	calm     *rate.Limiter // of repairs
 	fighting bool          // that limit was reached
 	leaving  state         // of want, what this process is about to give up
@@ -153,7 +154,6 @@ func (n *node) run() {
 		case <-n.reported:
 			n.onReport(n.reported, true)
 		case <-n.ruleset:
-			time.Sleep(burst)
 			if t, ok := n.firewalls[backendIPT].(*iptables); ok && !t.stands() {
 				poke(n.poked)
 			}
@@ -168,9 +168,8 @@ func (n *node) tick(d time.Duration) {
 	n.syncTick.Reset(d)
 }
 
-// onReport repairs what c has told of, and all else that comes in the same
-// burst. Against a program that removes our things again and again, it does so
-// once a second.
+// onReport repairs what c has told of. Against a program that removes our things
+// again and again, it does so once a second.
 func (n *node) onReport(c chan struct{}, links bool) {
 	if n.calm.Tokens() < 1 {
 		if !n.fighting {
@@ -179,11 +178,6 @@ func (n *node) onReport(c chan struct{}, links bool) {
 		}
 		time.AfterFunc(time.Second, func() { poke(c) })
 		return
-	}
-	time.Sleep(burst)
-	select {
-	case <-c:
-	default:
 	}
 	n.repair(links, "a report of the kernel")
 }

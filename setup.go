@@ -66,6 +66,7 @@ func setup(c *caddy.Controller) error {
 	if !ok {
 		c.Set(configKey{}, cfg)
 		ctx := c.Context()
+		c.OnStartup(func() error { theNode.tcp.start(); return nil })
 		c.OnStartup(func() error { return wrap(cfg.attachFast(ctx)) })
 		c.OnStartup(func() error { return wrap(theNode.start(cfg)) })
 		c.OnRestart(func() error { theNode.restarting(cfg, true); return nil })
@@ -387,7 +388,7 @@ func (c *config) check(b *block, ours []string) error {
 		}
 	}
 	if b.link != noInterface {
-		if err := checkLink(b.link); err != nil {
+		if err := checkLink(b.link, slices.Contains(ours, b.link)); err != nil {
 			return errorAt(cmp.Or(b.ifaceAt, b.at), "interface %s: %w", b.link, err)
 		}
 	}

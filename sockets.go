@@ -2,11 +2,6 @@ package nodecache
 
 import (
 	"errors"
-	"fmt"
-	"net/netip"
-	"os"
-	"strconv"
-	"strings"
 
 	"golang.org/x/sys/unix"
 )
@@ -14,20 +9,12 @@ import (
 // ownSockets returns the file descriptors of this process's UDP and listening
 // TCP sockets by what they are bound to. CoreDNS does not hand its sockets out.
 func ownSockets() (map[endpoint][]int, error) {
-	names, err := os.ReadDir("/proc/self/fd")
+	fds, err := descriptors()
 	if err != nil {
-		return nil, fmt.Errorf("listing this process's sockets: %w", err)
+		return nil, err
 	}
 	found := map[endpoint][]int{}
-	for _, n := range names {
-		to, err := os.Readlink("/proc/self/fd/" + n.Name())
-		if err != nil || !strings.HasPrefix(to, "socket:") {
-			continue
-		}
-		fd, err := strconv.Atoi(n.Name())
-		if err != nil {
-			continue
-		}
+	for _, fd := range fds {
 		if e, ok := boundTo(fd); ok {
 			found[e] = append(found[e], fd)
 		}
@@ -56,15 +43,9 @@ func boundTo(fd int) (endpoint, bool) {
 	if err != nil {
 		return e, false
 	}
-	switch sa := sa.(type) {
-	case *unix.SockaddrInet4:
-		e.addr, e.port = netip.AddrFrom4(sa.Addr), uint16(sa.Port)
-	case *unix.SockaddrInet6:
-		e.addr, e.port = netip.AddrFrom16(sa.Addr).Unmap(), uint16(sa.Port)
-	default:
-		return e, false
-	}
-	return e, true
+	at, ok := addrPort(sa)
+	e.addr, e.port = at.Addr(), at.Port()
+	return e, ok
 }
 
 // queueBytes is what a UDP socket may hold unread. The kernel counts it double, and a
