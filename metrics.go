@@ -107,6 +107,12 @@ var (
 		Name:      "node_faults",
 		Help:      "Gauge of what was found wrong with the node the last time it was looked at, each of which the log explains.",
 	}, []string{"fault"})
+	_ = promauto.NewGaugeFunc(prometheus.GaugeOpts{
+		Namespace: plugin.Namespace,
+		Subsystem: directiveName,
+		Name:      "ports_taken",
+		Help:      "Gauge of the other plugins of this process that can't listen yet, as another program has their port.",
+	}, func() float64 { return float64(latest.Load().missing()) })
 	info = promauto.NewGaugeVec(prometheus.GaugeOpts{
 		Namespace: plugin.Namespace,
 		Subsystem: directiveName,

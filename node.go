@@ -66,6 +66,7 @@ type node struct {
 	running   *config // in force, nil before the first
 	starting  *config // of an instance that is on its way up
 	want      state   // what was last made to stand
+	added     made    // by the last start, beside what was there
 	netifs    map[string]*netif
 	firewalls map[string]firewall
 	auto      string // what the backend auto has come out as
@@ -223,6 +224,7 @@ func (n *node) bring(cfg *config) error {
 	}
 	err := n.inTurn(func() error {
 		made, err := n.prepare(cfg, want)
+		n.added = made
 		if err == nil {
 			_, err = n.ensure(want)
 		}
