@@ -21,7 +21,7 @@ const lookupLimit = 2 * time.Second
 
 // otherPort is what another plugin, or a server block without nodecache, will listen on.
 type otherPort struct {
-	at     string // "file:line", of a server block that binds nothing its file
+	at     string // "file:line"
 	plugin string // "" for a server block's own
 	e      endpoint
 }
@@ -55,10 +55,7 @@ func otherPorts(c *caddy.Controller) (ports []otherPort, err error) {
 		if len(b.Tokens[directiveName]) > 0 {
 			continue
 		}
-		at := file
-		if bind := caddyfile.NewDispenserTokens(file, b.Tokens["bind"]); bind.Next() {
-			at = fmt.Sprintf("%s:%d", bind.File(), bind.Line())
-		}
+		at := begin(file, b)
 		for _, e := range blockPorts(c, i, len(b.Keys)) {
 			add(otherPort{at: at, e: e})
 		}
@@ -102,6 +99,21 @@ func pluginPorts(name, standard string, d caddyfile.Dispenser) (ports []otherPor
 	return ports
 }
 
+// begin is where a server block's first directive is; of one in an imported file, there.
+func begin(file string, b caddyfile.ServerBlock) string {
+	var first caddyfile.Token
+	for _, tokens := range b.Tokens {
+		if len(tokens) == 0 {
+			continue
+		}
+		t := tokens[0]
+		if first.Line == 0 || cmp.Or(strings.Compare(t.File, first.File), cmp.Compare(t.Line, first.Line)) < 0 {
+			first = t
+		}
+	}
+	return fmt.Sprintf("%s:%d", cmp.Or(first.File, file), first.Line)
+}
+
 // blockPorts returns what the i-th server block, which has so many keys, listens on.
 func blockPorts(c *caddy.Controller, i, keys int) (es []endpoint) {
 	of := *c // CoreDNS hands out the settings of a controller's own block
@@ -128,7 +140,7 @@ func blockPorts(c *caddy.Controller, i, keys int) (es []endpoint) {
 // resolve returns what Go listens on for an address such as localhost:9153 or :8080.
 func resolve(addr string) (e endpoint, ok bool) {
 	host, service, err := net.SplitHostPort(addr)
-	if err != nil {
+	if err != nil || strings.Contains(host, "%") { // of one link only
 		return e, false
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), lookupLimit)
@@ -146,7 +158,7 @@ func resolve(addr string) (e endpoint, ok bool) {
 	if e.addr.IsUnspecified() {
 		e.addr = wildcard()
 	}
-	return e, e.addr.Zone() == ""
+	return e, true
 }
 
 func is4(a netip.Addr) bool { return a.Unmap().Is4() }

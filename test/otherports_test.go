@@ -32,7 +32,7 @@ func TestStartFailsInAnotherPlugin(t *testing.T) {
 		"port-of-health-taken-everywhere":  {plainBlock("health.:5400", "10.0.1.1", "health :5300"), "health: [::]:5300/tcp is taken by "},
 		"port-of-another-block-taken":      {plainBlock("other.:5300", "10.0.1.1"), "10.0.1.1:5300/udp is taken by "},
 		"port-of-block-for-all-taken":      {"other.:5300 {\n whoami\n}\n", "[::]:5300/tcp is taken by "},
-		"port-of-loopback-taken":           {plainBlock("tls://other.:5300", "127.0.0.1", "tls"), "127.0.0.1:5300/tcp is taken by "},
+		"port-of-loopback-taken":           {plainBlock("tls://other.:5300", "127.0.0.1"), "127.0.0.1:5300/tcp is taken by "},
 		"address-of-health-nowhere":        {plainBlock("health.:5400", "10.0.1.1", "health 203.0.113.1:5400"), ""},
 		"address-of-another-block-nowhere": {plainBlock("other.:5400", "203.0.113.1"), ""},
 		"bad-block-below":                  {plainBlock("other.:5400", "10.0.1.1", "nonsense"), ""},
@@ -47,7 +47,7 @@ func TestStartFailsInAnotherPlugin(t *testing.T) {
 				said := n.refuse(n.corefile()+broken.corefile, lab.Options{})
 				n.same("after a start that failed", before, n.snapshot())
 				if broken.said != "" {
-					n.has(said, "Corefile:", broken.said, fmt.Sprintf("(process %d, bound to [::]:5300)", os.Getpid()))
+					n.has(said, "/Corefile:", broken.said, fmt.Sprintf("(process %d, bound to [::]:5300)", os.Getpid()))
 				}
 				p := n.serve(n.corefile())
 				n.answersEverybody(false, addrs...)
@@ -127,7 +127,7 @@ func TestPortOfOtherPluginTaken(t *testing.T) {
 				free := n.occupy(at)
 				p := n.serve(n.withLate(l))
 				bound := strings.Replace(at, "0.0.0.0", "[::]", 1)
-				n.has(p.Log(), "Corefile:19 - ", l.name+": 127.0.0.1:5301/tcp is taken by ", fmt.Sprintf("(process %d, bound to %s)", os.Getpid(), bound), "DNS is served all the same")
+				n.has(p.Log(), "/Corefile:19 - ", l.name+": 127.0.0.1:5301/tcp is taken by ", fmt.Sprintf("(process %d, bound to %s)", os.Getpid(), bound), "DNS is served all the same")
 				n.answersEverybody(false, addrs...)
 				free()
 				n.listens(p, l)
