@@ -146,8 +146,8 @@ race: deps ## Run the package's tests with the race detector (needs a C compiler
 	CGO_ENABLED=1 go test -race -count=1 -timeout 20m .
 
 .PHONY: fuzz
-fuzz: ## Fuzz the directive's parser and fastpath's, each for FUZZTIME (5m).
-	for f in FuzzDirective FuzzPlainQuery FuzzTTLOffsets; do \
+fuzz: ## Fuzz the directive's parser, fastpath's and those of the kernel's texts, each for FUZZTIME (5m).
+	for f in FuzzDirective FuzzPlainQuery FuzzTTLOffsets FuzzSocketTable; do \
 		go test -run '^$$' -fuzz $$f -fuzztime $(FUZZTIME) . || exit; \
 	done
 
