@@ -125,6 +125,12 @@ var (
 		Name:      "look_panics_total",
 		Help:      "Counter of looks at the node that a fault of this program has ended, which the log explains.",
 	})
+	_ = promauto.NewGaugeFunc(prometheus.GaugeOpts{
+		Namespace: plugin.Namespace,
+		Subsystem: directiveName,
+		Name:      "ports_taken",
+		Help:      "Gauge of the other plugins of this process that can't listen yet, as another program has their port.",
+	}, func() float64 { return float64(latest.Load().missing()) })
 	info = promauto.NewGaugeVec(prometheus.GaugeOpts{
 		Namespace: plugin.Namespace,
 		Subsystem: directiveName,

@@ -84,6 +84,7 @@ type node struct {
 	running  *config // in force, nil before the first
 	starting *config // of an instance that is on its way up
 	want     state   // what was last made to stand
+	added    made    // by the last start, beside what was there
 	// goal is what the last reduction was to leave; owing says that it has not been
 	// reached, since something failed, and is tried again after pause.
 	goal      state
@@ -264,6 +265,7 @@ func (n *node) bring(cfg *config) error {
 	}
 	err := n.inTurn(func() error {
 		made, err := n.prepare(cfg, want)
+		n.added = made
 		if err == nil {
 			_, err = n.ensure(want)
 		}

@@ -25,7 +25,8 @@
 // process has on the node and is the only one to change it, through netif.go
 // (the interface and its addresses) and a firewall (iptables.go, nftables.go).
 // members.go knows of the other processes, watch.go of what the kernel reports,
-// ports.go and sockets.go of who listens, drain.go of how to leave. fastpath.go
+// ports.go, holders.go and sockets.go of who listens, otherports.go and lateports.go of
+// what other plugins listen on, drain.go and abandon.go of how to leave. fastpath.go
 // answers repeated questions from fastcache.go's table, which is good for as long as
 // fastitem.go knows that the cache plugin would answer the same.
 package nodecache

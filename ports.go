@@ -18,7 +18,10 @@ const loopback = 1
 // address that another link carries or will carry: to the kernel even the node's
 // own queries come in through that link (rt_iif, ip_route_output_key_hash_rcu in
 // net/ipv4/route.c; ip6_rcv_core). So no query is taken from a twin that serves.
-func tryPort(e endpoint) error {
+func tryPort(e endpoint) error { return tryBind(e, true) }
+
+// tryBind is tryPort for one who shares the address with others of ours, or with nobody.
+func tryBind(e endpoint, share bool) error {
 	domain, typ := unix.AF_INET, unix.SOCK_STREAM
 	var sa unix.Sockaddr = &unix.SockaddrInet4{Addr: as4(e.addr), Port: int(e.port)}
 	if e.addr.Is6() {
@@ -40,8 +43,11 @@ func tryPort(e endpoint) error {
 			err = unix.SetsockoptInt(fd, level, option, value)
 		}
 	}
-	set(unix.SOL_SOCKET, unix.SO_REUSEPORT, 1)
+	if share {
+		set(unix.SOL_SOCKET, unix.SO_REUSEPORT, 1)
+	}
 	if e.addr.Is6() {
+		set(unix.SOL_IPV6, unix.IPV6_V6ONLY, 0) // as for Go's listeners on all addresses
 		set(unix.SOL_IPV6, unix.IPV6_FREEBIND, 1)
 	} else {
 		set(unix.SOL_IP, unix.IP_FREEBIND, 1)

@@ -65,12 +65,21 @@ func setup(c *caddy.Controller) error {
 	}
 	if !ok {
 		c.Set(configKey{}, cfg)
+		late, err := newLatecomers(c, cfg)
+		if err != nil {
+			return plugin.Error(directiveName, err)
+		}
 		ctx := c.Context()
 		c.OnStartup(func() error { theNode.tcp.start(); return nil })
 		c.OnStartup(func() error { return wrap(cfg.attachFast(ctx)) })
+		c.OnStartup(func() error { return wrap(late.start()) })
 		c.OnStartup(func() error { return wrap(theNode.start(cfg)) })
+		c.OnStartup(late.watch)
+		c.OnRestart(late.yield)
 		c.OnRestart(func() error { theNode.restarting(cfg, true); return nil })
 		c.OnRestartFailed(func() error { theNode.restarting(cfg, false); theNode.revert(cfg); return nil })
+		c.OnRestartFailed(late.resume)
+		c.OnShutdown(late.yield)
 		c.OnShutdown(func() error { theNode.replaced(cfg); return nil })
 	}
 	fast := b.fast

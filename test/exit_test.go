@@ -84,31 +84,6 @@ func TestStartFailsOnTakenPort(t *testing.T) {
 	}
 }
 
-// Where another plugin or another block fails to start, nobody calls nodecache back:
-// no rule may be in force all the same, and the next start cleans up.
-func TestStartFailsInAnotherPlugin(t *testing.T) {
-	for name, broken := range map[string]string{
-		"port-of-health-taken":        plainBlock("health.:5400", "10.0.1.1", "health 10.0.1.1:5300"),
-		"port-of-another-block-taken": plainBlock("other.:5300", "10.0.1.1"),
-		"bad-block-below":             plainBlock("other.:5400", "10.0.1.1", "nonsense"),
-	} {
-		t.Run(name, func(t *testing.T) {
-			forBackends(t, func(n *node) {
-				for _, proto := range protos {
-					n.hold(proto, 5300)
-				}
-				before := n.snapshot()
-				n.refuse(n.corefile()+broken, lab.Options{})
-				n.clusterAnswers()
-				p := n.serve(n.corefile())
-				n.answersEverybody(false, addrs...)
-				p.exit(syscall.SIGTERM)
-				n.same("after the next exit", before, n.snapshot())
-			})
-		})
-	}
-}
-
 func TestSkipTeardown(t *testing.T) {
 	forBackends(t, func(n *node) {
 		before := n.snapshot()

@@ -2,14 +2,19 @@
 package main
 
 import (
+	"flag"
 	"fmt"
 	"log"
 	"os"
+	"runtime"
 	"slices"
 
+	nodecache "github.com/contentful-labs/coredns-nodecache"
 	"github.com/coredns/caddy"
 	"github.com/coredns/coredns/core/dnsserver"
 	"github.com/coredns/coredns/coremain"
+	clog "github.com/coredns/coredns/plugin/pkg/log"
+	"go.uber.org/automaxprocs/maxprocs"
 )
 
 //go:generate go run ./generate
@@ -27,5 +32,68 @@ func main() {
 		}
 		return
 	}
-	coremain.Run()
+	flag.Parse()
+	if flag.NArg() > 0 || given("version") == "true" || given("plugins") == "true" {
+		coremain.Run() // which ends there
+		return
+	}
+	if err := run(); err != nil {
+		if !caddy.IsUpgrade() {
+			clog.SetOutput(os.Stderr)
+		}
+		if clog.IsJSON() {
+			clog.Fatal(err)
+		}
+		log.Fatal(err)
+	}
+}
+
+func given(name string) string { return flag.Lookup(name).Value.String() }
+
+// run is what coremain.Run does, but that a start which fails leaves nothing on the node.
+func run() error {
+	caddy.TrapSignals()
+	if format := given("log-format"); format != "text" {
+		if err := clog.Configure(format, os.Stdout); err != nil {
+			return err
+		}
+	}
+	clog.SetOutput(os.Stdout)
+	if !clog.IsJSON() {
+		log.SetFlags(coremain.LogFlags)
+	}
+	if _, err := maxprocs.Set(maxprocs.Logger(log.Printf)); err != nil {
+		clog.Warningf("Failed to set GOMAXPROCS: %v", err)
+	}
+	corefile, err := caddy.LoadCaddyfile("dns")
+	if err != nil {
+		return err
+	}
+	instance, err := start(corefile)
+	if err != nil {
+		return err
+	}
+	if !dnsserver.Quiet {
+		version := fmt.Sprintf("%s-%s\n%s/%s, %s, %s", caddy.AppName, caddy.AppVersion, runtime.GOOS, runtime.GOARCH, runtime.Version(), coremain.GitCommit)
+		if clog.IsJSON() {
+			clog.Info(version)
+		} else {
+			fmt.Println(version)
+		}
+	}
+	instance.Wait()
+	return nil
+}
+
+// start has nodecache take everything back unless all plugins and servers come up.
+func start(corefile caddy.Input) (*caddy.Instance, error) {
+	up := false
+	defer func() {
+		if !up { // for an error or a panic
+			nodecache.Abandon()
+		}
+	}()
+	instance, err := caddy.Start(corefile)
+	up = err == nil
+	return instance, err
 }

@@ -1,0 +1,45 @@
+package nodecache
+
+import (
+	"net/netip"
+	"slices"
+	"time"
+)
+
+// Abandon takes back what a start of CoreDNS has put on the node. It is for a main
+// program whose caddy.Start has failed: CoreDNS calls no plugin then, and the process
+// is about to end. When nothing has been started, or an exit has been under way, there
+// is nothing left for it to do.
+func Abandon() {
+	if err := theNode.takeBack(); err != nil {
+		log.Errorf("taking back what a start that failed has put on the node: %v", count(err))
+	}
+}
+
+func (n *node) takeBack() error {
+	return n.do(func() error {
+		if n.exited || n.starting == nil && n.running == nil {
+			return nil
+		}
+		began := time.Now()
+		n.exited = true
+		n.ready.Store(false)
+		n.leave(n.want)
+		if n.running != nil { // all that is ours has been listened on, and asked
+			n.drain(n.running.listeners(), false, began.Add(drainLimit))
+		}
+		return n.inTurn(func() error {
+			n.member.hide()
+			n.leaving, n.want = state{}, state{}
+			// Another process may have come meanwhile.
+			stays := state{links: n.others.wants.links}
+			added := made{}
+			for i, addrs := range n.added {
+				if !n.others.unknown {
+					added[i] = slices.DeleteFunc(addrs, func(a netip.Addr) bool { return slices.Contains(stays.links[i.name], a) })
+				}
+			}
+			return n.undo(stays, added)
+		})
+	})
+}

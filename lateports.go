@@ -1,0 +1,216 @@
+package nodecache
+
+import (
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/coredns/caddy"
+	"github.com/coredns/coredns/core/dnsserver"
+)
+
+// lateEvery is how often a port is tried again that another program has.
+const lateEvery = time.Second
+
+// latecomers are the plugins of one instance whose port another program has when they
+// are to start. ready, prometheus and dnstap try to listen once, in their startup
+// callbacks, the first two then never again, not even after a reload; and pprof fails
+// the whole start. So these callbacks are put off until the port is free.
+type latecomers struct {
+	cfg   *config
+	ports []otherPort // of all plugins, and of the server blocks that are not ours
+
+	mu     sync.Mutex
+	putOff map[string][]func() error // by plugin
+	// yielding is true while the plugins' other callbacks, for a reload and an exit,
+	// have their turn.
+	yielding bool
+	watching bool
+	// startup and failed are how many callbacks the directives so far have added.
+	startup, failed int
+}
+
+// latecomersKey is where an instance has its latecomers.
+type latecomersKey struct{}
+
+// latest is the latecomers of the instance that was the last to start.
+var latest atomic.Pointer[latecomers]
+
+func newLatecomers(c *caddy.Controller, cfg *config) (*latecomers, error) {
+	ports, err := otherPorts(c)
+	if err != nil {
+		return nil, err
+	}
+	l := &latecomers{cfg: cfg, ports: ports, putOff: map[string][]func() error{}}
+	c.Set(latecomersKey{}, l)
+	afterEachDirective()
+	return l, nil
+}
+
+// observed are the directives after which the callbacks that they have added are known.
+var observed = map[string]bool{}
+
+// afterEachDirective has the callbacks wrapped that each directive from ours on adds.
+func afterEachDirective() {
+	all := dnsserver.Directives
+	for _, name := range all[max(0, slices.Index(all, directiveName)):] {
+		if observed[name] {
+			continue
+		}
+		observed[name] = true
+		caddy.RegisterParsingCallback("dns", name, func(caddy.Context) error {
+			in := beingRead()
+			if l, ok := in.Storage[latecomersKey{}].(*latecomers); ok {
+				l.startup = l.wrap(name, in.OnStartup, l.startup)
+				l.failed = l.wrap(name, in.OnRestartFailed, l.failed)
+			}
+			return nil
+		})
+	}
+}
+
+// wrap has those callbacks put off if need be that a plugin has added to the first ones.
+func (l *latecomers) wrap(plugin string, callbacks []func() error, first int) int {
+	for i := first; i < len(callbacks) && optional(plugin); i++ {
+		f := callbacks[i]
+		callbacks[i] = func() error { return l.call(plugin, f) }
+	}
+	return len(callbacks)
+}
+
+// call is what CoreDNS calls for f.
+func (l *latecomers) call(plugin string, f func() error) error {
+	l.mu.Lock()
+	if waiting, late := l.putOff[plugin]; late {
+		l.putOff[plugin] = append(waiting, f)
+		l.mu.Unlock()
+		return nil
+	}
+	l.mu.Unlock()
+	return f()
+}
+
+// start tries all ports. It is OnStartup, before anything is put on the node.
+func (l *latecomers) start() error {
+	late, err := tryOthers(l.ports)
+	if err != nil {
+		return err
+	}
+	l.putOffThose(late)
+	return nil
+}
+
+// resume does so when a reload has failed, in which the plugins are to listen again.
+func (l *latecomers) resume() error {
+	late, _ := tryOthers(l.ports) // for what else is taken they say so themselves
+	l.putOffThose(late)
+	return l.watch()
+}
+
+func (l *latecomers) putOffThose(late map[string][]error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.yielding = false
+	for plugin, why := range late {
+		if _, known := l.putOff[plugin]; known {
+			continue
+		}
+		l.putOff[plugin] = nil
+		for _, err := range why {
+			log.Warningf("%v; DNS is served all the same, and the port tried again until it is free%s", err, without[plugin])
+		}
+	}
+	latest.Store(l)
+}
+
+// without says what a plugin that can't listen is missed for.
+var without = map[string]string{
+	"ready":      "; until then Kubernetes does not take the pod for ready",
+	"prometheus": "; until then there are no metrics",
+}
+
+// yield waits for callbacks that run, and has no others run. It is OnRestart and
+// OnShutdown.
+func (l *latecomers) yield() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.yielding = true
+	return nil
+}
+
+// watch has what was put off done when it can be. It is OnStartup, after the node has
+// been told of the configuration.
+func (l *latecomers) watch() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if len(l.putOff) == 0 || l.watching {
+		return nil
+	}
+	l.watching = true
+	go func() {
+		for l.again() {
+			time.Sleep(lateEvery)
+		}
+	}()
+	return nil
+}
+
+// again lets those plugins listen whose ports are free by now, and tells whether there
+// is anything left to wait for.
+func (l *latecomers) again() bool {
+	inForce, over := theNode.inForce(l.cfg)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if over {
+		latest.CompareAndSwap(l, nil)
+	}
+	if over || l.yielding {
+		l.watching = false
+		return false
+	}
+	for plugin := range l.putOff {
+		if inForce && l.free(plugin) {
+			l.listen(plugin)
+		}
+	}
+	l.watching = len(l.putOff) > 0
+	return l.watching
+}
+
+func (l *latecomers) free(plugin string) bool {
+	return !slices.ContainsFunc(l.ports, func(p otherPort) bool { return p.plugin == plugin && p.try(nil) != nil })
+}
+
+// listen runs what the plugin was not allowed to do.
+func (l *latecomers) listen(plugin string) {
+	for i, f := range l.putOff[plugin] {
+		if err := f(); err != nil {
+			log.Warningf("%v; trying again", err)
+			l.putOff[plugin] = l.putOff[plugin][i:]
+			return
+		}
+	}
+	delete(l.putOff, plugin)
+	log.Infof("%s listens now, as nobody else has its port any more", plugin)
+}
+
+// missing is how many plugins wait for their ports.
+func (l *latecomers) missing() int {
+	if l == nil {
+		return 0
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return len(l.putOff)
+}
+
+// inForce tells whether a configuration is, and whether it will not be again.
+func (n *node) inForce(cfg *config) (is, over bool) {
+	n.do(func() error {
+		is = n.running == cfg && !n.exited
+		over = n.running != cfg && n.starting != cfg || n.exited
+		return nil
+	})
+	return is, over
+}

@@ -1,0 +1,93 @@
+package nodecache
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/coredns/caddy/caddyfile"
+)
+
+// What the other plugins will listen on is read as they read it themselves.
+func TestPortsOfOtherPlugins(t *testing.T) {
+	for _, test := range []struct {
+		line string
+		want string
+	}{
+		{"health", "Corefile:2 [::]:8080/tcp"},
+		{"health {\n lameduck 5s\n}", "Corefile:2 [::]:8080/tcp"},
+		{"health 10.0.0.1:1", "Corefile:2 10.0.0.1:1/tcp"},
+		{"health 0.0.0.0:1", "Corefile:2 [::]:1/tcp"}, // for Go it is the address of both families
+		{"health [fd00::1]:1 {\n lameduck 5s\n}", "Corefile:2 [fd00::1]:1/tcp"},
+		{"ready", "Corefile:2 [::]:8181/tcp"},
+		{"ready :1 {\n monitor continuously\n}", "Corefile:2 [::]:1/tcp"},
+		{"prometheus", "Corefile:2 127.0.0.1:9153/tcp"},
+		{"prometheus [::1]:1 {\n tls web.yaml\n}", "Corefile:2 [::1]:1/tcp"},
+		{"pprof", "Corefile:2 127.0.0.1:6053/tcp"},
+		{"pprof 127.0.0.1:http", "Corefile:2 127.0.0.1:80/tcp"},
+		{"dnstap listen tcp://127.0.0.1:1 full\ndnstap listen tls://127.0.0.1:2 {\n tls a b\n}", "Corefile:2 127.0.0.1:1/tcp, Corefile:3 127.0.0.1:2/tcp"},
+		// Nothing that could be tried.
+		{"dnstap tcp://127.0.0.1:1 full", ""},
+		{"dnstap /tmp/dnstap.sock full", ""},
+		{"dnstap listen unix:///tmp/dnstap.sock", ""},
+		{"health nonsense", ""},
+		{"health 127.0.0.1:99999", ""},
+		{"health \"a b:1\"", ""},
+		{"health [fe80::1%lo]:1", ""},
+	} {
+		names := []string{"health", "ready", "prometheus", "pprof", "dnstap"}
+		blocks, err := caddyfile.Parse("Corefile", strings.NewReader(".:53 {\n"+test.line+"\n}\n"), names)
+		must(t, err)
+		var got []string
+		for _, name := range names {
+			tokens := caddyfile.NewDispenserTokens("Corefile", blocks[0].Tokens[name])
+			for _, p := range pluginPorts(name, standardPorts[name], tokens) {
+				got = append(got, p.at+" "+p.e.String())
+			}
+		}
+		if got := strings.Join(got, ", "); got != test.want {
+			t.Errorf("with %q other plugins listen on %q, want %q", test.line, got, test.want)
+		}
+	}
+}
+
+func TestServerBlockIsNamedByItsFirstLine(t *testing.T) {
+	blocks, err := caddyfile.Parse("Corefile", strings.NewReader(".:53 {\n\nwhoami\nbind 10.0.0.1\n}\n"), []string{"bind", "whoami"})
+	must(t, err)
+	if got := begin("Corefile", blocks[0]); got != "Corefile:3" {
+		t.Errorf("the block is at %s", got)
+	}
+	for _, ts := range blocks[0].Tokens {
+		for i := range ts {
+			ts[i].File = "custom"
+		}
+	}
+	if got := begin("Corefile", blocks[0]); got != "custom:3" {
+		t.Errorf("the imported block is at %s", got)
+	}
+}
+
+// The blocks without nodecache are tried as well, all of their keys, and each port once.
+func TestPortsOfOtherBlocks(t *testing.T) {
+	c := newCoreDNS(t)
+	must(t, c.start(serverBlock("example.org", "", "169.254.20.10")+
+		"a.test:5301 b.test:5302 tls://c.test {\nbind 127.0.0.1 ::1\nwhoami\n}\nd.test:5301 {\nbind 127.0.0.1\nwhoami\n}\n. {\nwhoami\n}\n"))
+	c.instance.StorageMu.RLock()
+	l := c.instance.Storage[latecomersKey{}].(*latecomers)
+	c.instance.StorageMu.RUnlock()
+	var got []string
+	for _, p := range l.ports {
+		got = append(got, fmt.Sprintf("%s %s", p.at, p.e))
+	}
+	want := []string{}
+	for _, port := range []string{"5301/udp", "5301/tcp", "5302/udp", "5302/tcp", "853/tcp"} {
+		want = append(want, "Corefile:10 127.0.0.1:"+port, "Corefile:10 [::1]:"+port)
+	}
+	want = append(want, "Corefile:18 [::]:53/udp", "Corefile:18 [::]:53/tcp")
+	slices.Sort(got)
+	slices.Sort(want)
+	if !slices.Equal(got, want) {
+		t.Errorf("other blocks listen on\n%s\nwant\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
+	}
+}
