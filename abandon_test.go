@@ -43,9 +43,7 @@ func TestAbandonedStartSparesTwin(t *testing.T) {
 	if got := gone(); !slices.Equal(got, []string{"169.254.20.10"}) {
 		t.Errorf("gone, if only for a moment, are %v", got)
 	}
-	if rules, _ := fw.stand(); list(rules) != dnsOf("10.96.0.10") {
-		t.Errorf("rules stand for %v", rules)
-	}
+	wantRulesOf(t, "the one that is abandoned", fw, "", "10.96.0.10")
 	b.exit()
 	if carried(t, testLink) != nil {
 		t.Error("the link is left")

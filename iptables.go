@@ -31,6 +31,7 @@ type xtables struct {
 	variant string // "" until the programs have been asked
 	version string // "1.8.9"
 	written bool   // by this process
+	touched bool   // it has tried to, and may have written one of the tables
 	// length is how many rules each of our chains had after the last look or change.
 	length map[hook]int
 	first  []string // rules of raw's PREROUTING at the last look, everybody's
@@ -68,7 +69,7 @@ func (t *iptables) ensure(ctx context.Context, own []endpoint, o standing) (miss
 	for _, f := range []family{ipv4, ipv6} {
 		x, mine := t.families[f], ofFamily(own, f)
 		theirs := standing{ofFamily(o.others, f), ofFamily(o.leaving, f), o.unknown}
-		if len(mine) == 0 && !x.written {
+		if len(mine) == 0 && !x.touched {
 			// Maybe a process before this one had the family: look, where one can. Where the
 			// kernel lacks it, or its tables, the program fails, and nothing is there.
 			if len(own) > 0 && x.installed() {
@@ -126,27 +127,27 @@ func (x *xtables) ensure(ctx context.Context, own []endpoint, o standing) (missi
 		if e := removeFromNFT(x.family); e != nil {
 			return 0, setupError(errFirewall, fmt.Errorf("%w; and %w; the chains %s stay", err, e, chainNames()))
 		}
-		x.written, x.length = false, nil
+		x.written, x.touched, x.length = false, false, nil
 		return 0, nil
 	}
 	if err != nil {
 		return 0, err
 	}
 	x.first = have["raw"].chains["PREROUTING"]
-	missing = x.plan(have, own, o).missing
+	p := x.plan(have, own, o)
 	if x.noRecent && !x.noList && len(own) > 0 {
 		// What the kernel lacked it may have by now, or it had no memory then.
 		x.noRecent = false
-		if err := x.write(ctx, have, own, o); err == nil {
+		if x.write(ctx, x.plan(have, own, o), true) == nil {
 			log.Infof("the kernel takes the match recent now")
-			return missing, nil
+			return p.missing, nil
 		}
 		x.noRecent = true
 	}
-	err = x.write(ctx, have, own, o)
+	err = x.write(ctx, p, len(own) > 0)
 	if err != nil && !x.noRecent && len(own) > 0 && mayLackRecent(err) {
 		x.noRecent = true
-		if x.write(ctx, have, own, o) != nil {
+		if x.write(ctx, x.plan(have, own, o), true) != nil {
 			x.noRecent = false
 			return 0, err
 		}
@@ -156,30 +157,28 @@ func (x *xtables) ensure(ctx context.Context, own []endpoint, o standing) (missi
 	if err != nil {
 		return 0, err
 	}
-	if list := recentDir; len(own) > 0 && !x.noRecent {
-		if list = recentPath(own[0].addr); refused(list) {
-			x.noRecent, x.noList = true, true
-			log.Warningf("%s can't be written: when this process dies, the node's own programs will not fall back to the cluster", list)
-			if have, err = x.look(ctx, "raw", "filter"); err == nil {
-				err = x.write(ctx, have, own, o)
-			}
-			if err != nil {
-				return 0, err
-			}
+	if len(own) > 0 && !x.noRecent && refused(recentPath(own[0].addr)) {
+		x.noRecent, x.noList = true, true
+		log.Warningf("%s can't be written: when this process dies, the node's own programs will not fall back to the cluster", recentPath(own[0].addr))
+		if have, err = x.look(ctx, "raw", "filter"); err == nil {
+			err = x.write(ctx, x.plan(have, own, o), true)
+		}
+		if err != nil {
+			return 0, err
 		}
 	}
-	return missing, nil
+	return p.missing, nil
 }
 
-// write carries out what have and own call for.
-func (x *xtables) write(ctx context.Context, have map[string]*table, own []endpoint, o standing) error {
-	p := x.plan(have, own, o)
+// write carries p out. own tells whether it has rules of this process's own.
+func (x *xtables) write(ctx context.Context, p plan, own bool) error {
+	x.touched = x.touched || own
 	if p.changes() {
 		if err := x.restore(ctx, p.script()); err != nil {
 			return err
 		}
 	}
-	x.written = len(own) > 0
+	x.written, x.touched = own, own
 	x.length = map[hook]int{}
 	for _, c := range p.chains {
 		x.length[c.hook] = len(c.lines)

@@ -28,12 +28,15 @@ func recentName(a netip.Addr) string { return recentPrefix + a.String() }
 // with the first rule that names the list and removes it with the last.
 func recentPath(a netip.Addr) string { return recentDir + "/" + recentName(a) }
 
-// refused tells whether a list can't be written for a reason that lasts. Another one,
-// such as too many open files, says nothing about the list.
+// refused tells whether the list of a rule that stands can't be written, for a reason that
+// lasts. Too many open files, or a rule that somebody has just removed, say nothing of it.
 func refused(list string) bool {
 	f, err := os.OpenFile(list, os.O_WRONLY, 0)
 	if err == nil {
 		f.Close()
+	}
+	if errors.Is(err, fs.ErrNotExist) {
+		_, err = os.Stat(recentDir)
 	}
 	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission) || errors.Is(err, unix.EROFS)
 }

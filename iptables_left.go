@@ -137,33 +137,45 @@ func removeFromNFT(f family) error {
 		return err
 	}
 	defer conn.CloseLasting()
-	found := false
+	return removeOver(conn, f)
+}
+
+func removeOver(conn *nftables.Conn, f family) error {
+	var chains []*nftables.Chain
+	var jumps []*nftables.Rule
 	for _, h := range hooks {
 		t := nftTable(f, h.table)
 		c, err := conn.ListChain(t, h.chain)
+		// A kernel without nf_tables does not know what is asked.
+		if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EOPNOTSUPP) {
+			continue
+		}
 		if err != nil {
-			// A kernel without nf_tables does not know what is asked.
-			if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EOPNOTSUPP) {
-				continue
-			}
 			return fmt.Errorf("looking for the chain %s of the table %s: %w", h.chain, h.table, err)
 		}
-		found = true
 		c.Table = t
+		chains = append(chains, c)
 		from, err := conn.GetRules(t, &nftables.Chain{Name: h.builtin})
 		if err != nil && !errors.Is(err, unix.ENOENT) {
 			return fmt.Errorf("looking for what jumps to the chain %s of the table %s: %w", h.chain, h.table, err)
 		}
 		for _, r := range from {
 			if jumpsTo([]*nftables.Rule{r}, h.chain) {
-				conn.DelRule(r)
+				jumps = append(jumps, r)
 			}
 		}
+	}
+	if len(chains) == 0 {
+		return nil
+	}
+	for _, r := range jumps {
+		if err := conn.DelRule(r); err != nil {
+			return fmt.Errorf("removing the jumps to nodecache's chains: %w", err)
+		}
+	}
+	for _, c := range chains {
 		conn.FlushChain(c)
 		conn.DelChain(c)
-	}
-	if !found {
-		return nil
 	}
 	if err := conn.Flush(); err != nil {
 		return fmt.Errorf("removing nodecache's chains from iptables-nft's tables: %w", err)

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -135,4 +136,23 @@ func TestDeadlineBoundsLockAndProgram(t *testing.T) {
 	must(t, os.Remove(filepath.Join(v.dir, "iptables-restore")))
 	must(t, os.Symlink(v.real["iptables-restore"], filepath.Join(v.dir, "iptables-restore")))
 	remove(t, fw)
+}
+
+func TestDeadlineOfNodeBoundsItsFirewalls(t *testing.T) {
+	needRoot(t)
+	v := newVariant(t, "legacy")
+	n, err := listenStart(t, "169.254.20.10")
+	must(t, err)
+	_, unlock := lock(t)
+	must(t, n.do(func() error {
+		n.deadline = time.Now().Add(1900 * time.Millisecond)
+		defer func() { n.deadline = time.Time{} }()
+		wantError(t, n.rules(state{}), "another program has held the xtables lock ("+lockFile()+") for 1s")
+		return nil
+	}))
+	unlock()
+	n.exit()
+	if lines := savedOurs(t, v); len(lines) > 0 {
+		t.Errorf("left are\n%s", strings.Join(lines, "\n"))
+	}
 }

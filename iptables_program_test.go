@@ -129,3 +129,23 @@ func TestErrorIsNotTakenForMissingMatch(t *testing.T) {
 		wantError(t, err, "running iptables --version: exit status 1")
 	})
 }
+
+// Each table is a transaction of its own: a start that fails at the second one takes the
+// first one's rules back.
+func TestHalfWrittenStartIsTakenBack(t *testing.T) {
+	variants(t, func(t *testing.T, v *variant) {
+		v.script(t, "iptables-restore", `
+input=
+while IFS= read -r line; do
+	input="$input$line
+"
+	[ "$line" = COMMIT ] && break
+done
+printf %s "$input" | $real "$@" && exec /usr/bin/grep -q NODECACHE /dev/null`)
+		_, err := listenStart(t, "169.254.20.10")
+		wantError(t, err, "running iptables-restore")
+		if lines := savedOurs(t, v); len(lines) > 0 {
+			t.Errorf("left are\n%s", strings.Join(lines, "\n"))
+		}
+	})
+}

@@ -166,16 +166,11 @@ func (p plan) changes() bool {
 // processes want stay as they are printed, and are not written where they are missing.
 func (x *xtables) plan(have map[string]*table, own []endpoint, o standing) (p plan) {
 	mine, theirs, leaving := set(own), set(o.others), set(o.leaving)
-	goes := len(own) == 0 && len(o.others) == 0 && !o.unknown
+	stays := len(own) > 0 || o.unknown
 	for _, h := range hooks {
 		stand, there := have[h.table].chains[h.chain]
 		jumps := have[h.table].jumps(h)
-		c := planned{hook: h, remove: goes && there}
-		if goes {
-			c.drop = jumps
-			p.chains = append(p.chains, c)
-			continue
-		}
+		c := planned{hook: h}
 		seen := make(map[identity]string, len(stand))
 		var rest []string
 		for _, line := range stand {
@@ -214,7 +209,14 @@ func (x *xtables) plan(have map[string]*table, own []endpoint, o standing) (p pl
 			p.missing++
 		}
 		c.drop = jumps[min(1, len(jumps)):]
+		stays = stays || len(c.lines) > 0
 		p.chains = append(p.chains, c)
+	}
+	if !stays { // no rule of anybody's
+		for i, c := range p.chains {
+			_, there := have[c.table].chains[c.chain]
+			p.chains[i] = planned{hook: c.hook, remove: there, drop: have[c.table].jumps(c.hook)}
+		}
 	}
 	return p
 }

@@ -18,6 +18,7 @@ const lateEvery = time.Second
 // callbacks, the first two then never again, not even after a reload; and pprof fails
 // the whole start. So these callbacks are put off until the port is free.
 type latecomers struct {
+	node  *node
 	cfg   *config
 	ports []otherPort // of all plugins, and of the server blocks that are not ours
 
@@ -42,7 +43,7 @@ func newLatecomers(c *caddy.Controller, cfg *config) (*latecomers, error) {
 	if err != nil {
 		return nil, err
 	}
-	l := &latecomers{cfg: cfg, ports: ports, putOff: map[string][]func() error{}}
+	l := &latecomers{node: theNode, cfg: cfg, ports: ports, putOff: map[string][]func() error{}}
 	c.Set(latecomersKey{}, l)
 	afterEachDirective()
 	return l, nil
@@ -159,7 +160,7 @@ func (l *latecomers) watch() error {
 // again lets those plugins listen whose ports are free by now, and tells whether there
 // is anything left to wait for.
 func (l *latecomers) again() bool {
-	inForce, over := theNode.inForce(l.cfg)
+	inForce, over := l.node.inForce(l.cfg)
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if over {

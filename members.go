@@ -20,8 +20,9 @@ import (
 // network namespace, as do the link and the rules, and is gone when the process
 // is, however it died; so there is no file and no mount that they have to share.
 //
-// Any process of the network namespace can take such a name. What one shows comes to
-// stand in the firewall, so only those of this process's own user and of root count.
+// Any process of the network namespace can take such a name. What one shows decides on
+// what stays on the node, so only those of this process's own user and of root count, and
+// the others are not even connected to where the kernel tells whose a socket is.
 const (
 	memberPrefix = "@nodecache/member/"
 	// askLimit is how long another process may take to answer. One that does not

@@ -200,11 +200,10 @@ func tryOthers(ports []otherPort) (late map[string][]error, taken error) {
 		if err == nil {
 			continue
 		}
-		err = errorAt(p.at, "%w", err)
 		if optional(p.plugin) {
-			late[p.plugin] = append(late[p.plugin], err)
+			late[p.plugin] = append(late[p.plugin], fmt.Errorf("%s - %w", p.at, err))
 		} else if taken == nil {
-			taken = err
+			taken = errorAt(p.at, "%w", err)
 		}
 	}
 	return late, taken

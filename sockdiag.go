@@ -160,7 +160,7 @@ func diagSockets(state uint8, f func(unixSocket)) error {
 // parseUnixDiag reads a struct unix_diag_msg and its attributes. It is not ok for a socket
 // without a name in the abstract namespace.
 func parseUnixDiag(msg []byte) (s unixSocket, ok bool) {
-	if len(msg) < unixDiagSize {
+	if len(msg) < unixDiagSize || len(msg)%4 != 0 { // the library relies on the padding
 		return s, false
 	}
 	s = unixSocket{typ: msg[1], state: msg[2]}

@@ -167,6 +167,7 @@ func FuzzUnixDiag(f *testing.F) {
 	f.Add(slices.Clone(message))
 	attr(0, "\x00nodecache/lock")
 	f.Add(slices.Clone(message))
+	f.Add(slices.Clone(message[:len(message)-1]))
 	attr(7, "\x00\x00\x00\x00")
 	f.Add(message)
 	f.Fuzz(func(t *testing.T, b []byte) {

@@ -142,6 +142,24 @@ func TestPortOfOtherPluginTaken(t *testing.T) {
 	}
 }
 
+// dnstap's port can't even be shared with another cache.
+func TestPortOfDnstapTaken(t *testing.T) {
+	n := newNode(t, nftables)
+	with := n.corefile() + plainBlock("late.:5400", "10.0.1.1", "dnstap listen tcp://127.0.0.1:5301 full")
+	first := n.serve(with)
+	second := n.serve(with)
+	n.has(second.Log(), "dnstap: 127.0.0.1:5301/tcp is taken by ", fmt.Sprintf("(process %d, bound to 127.0.0.1:5301)", first.Pid))
+	first.exit(syscall.SIGTERM)
+	n.must(second.WaitLog(0, "plugin/nodecache: dnstap listens now"))
+	n.must(n.Node.Do(func() error {
+		c, err := net.Dial("tcp", "127.0.0.1:5301")
+		if err == nil {
+			err = c.Close()
+		}
+		return err
+	}))
+}
+
 // Reloads that succeed and that fail meanwhile change nothing about that.
 func TestPortOfOtherPluginTakenThroughReloads(t *testing.T) {
 	for _, l := range latePlugins {
