@@ -37,6 +37,9 @@ type standing struct {
 	// unknown is true when a process does not say what it wants: then all stays that
 	// stands, less the rules for new UDP queries to leaving.
 	unknown bool
+	// alone is what goes all the same: this process gives it up and, as the kernel's list of
+	// sockets says, nobody else serves it.
+	alone []endpoint
 }
 
 // standing returns it for a backend, as of this process's last turn.
@@ -45,6 +48,7 @@ func (n *node) standing(backend string) standing {
 		others:  n.others.wants.rules[backend],
 		leaving: n.leaving.minus(n.others.stays).rules[backend],
 		unknown: n.others.unknown,
+		alone:   n.alone.rules[backend],
 	}
 }
 

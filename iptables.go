@@ -68,7 +68,7 @@ func (t *iptables) variant() string {
 func (t *iptables) ensure(ctx context.Context, own []endpoint, o standing) (missing int, err error) {
 	for _, f := range []family{ipv4, ipv6} {
 		x, mine := t.families[f], ofFamily(own, f)
-		theirs := standing{ofFamily(o.others, f), ofFamily(o.leaving, f), o.unknown}
+		theirs := standing{ofFamily(o.others, f), ofFamily(o.leaving, f), o.unknown, ofFamily(o.alone, f)}
 		if len(mine) == 0 && !x.touched {
 			// Maybe a process before this one had the family: look, where one can. Where the
 			// kernel lacks it, or its tables, the program fails, and nothing is there.

@@ -165,8 +165,8 @@ func (p plan) changes() bool {
 // plan returns what has to be written for own. Rules that stand for what only other
 // processes want stay as they are printed, and are not written where they are missing.
 func (x *xtables) plan(have map[string]*table, own []endpoint, o standing) (p plan) {
-	mine, theirs, leaving := set(own), set(o.others), set(o.leaving)
-	stays := len(own) > 0 || o.unknown
+	mine, theirs, leaving, alone := set(own), set(o.others), set(o.leaving), set(o.alone)
+	stays := len(own) > 0 || o.unknown && len(alone) == 0
 	for _, h := range hooks {
 		stand, there := have[h.table].chains[h.chain]
 		jumps := have[h.table].jumps(h)
@@ -180,7 +180,7 @@ func (x *xtables) plan(have map[string]*table, own []endpoint, o standing) (p pl
 			case known && (twice || leaving[r.e] && newUDP(h, r.words, r.e)):
 			case known:
 				seen[r.identity()] = line
-				if theirs[r.e] || o.unknown {
+				if theirs[r.e] || o.unknown && !alone[r.e] {
 					rest = append(rest, line)
 				}
 			case o.unknown && strings.Count(line, "\"")%2 == 0:

@@ -273,6 +273,21 @@ func (n *netif) prune(addrs []netip.Addr) error {
 	return nil
 }
 
+// removeBare removes a link that carries no address any more.
+func (n *netif) removeBare(l netlink.Link) error {
+	have, err := n.addrs(l)
+	if err != nil || len(have) > 0 {
+		return err
+	}
+	if others, err := foreignAddrs(l); err != nil || len(others) > 0 {
+		return err
+	}
+	if err := netlink.LinkDel(l); err != nil && !errors.Is(err, unix.ENODEV) {
+		return fmt.Errorf("removing the link %s: %w", n.name, err)
+	}
+	return nil
+}
+
 func (n *netif) remove(l netlink.Link, addrs []netip.Addr) error {
 	for _, a := range addrs {
 		if err := netlink.AddrDel(l, netlinkAddr(a)); err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) {

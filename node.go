@@ -78,6 +78,7 @@ type node struct {
 	calm     *rate.Limiter // of repairs
 	fighting bool          // that limit was reached
 	leaving  state         // of want, what this process is about to give up
+	alone    state         // of leaving at an exit, what goes although somebody is silent
 	deadline time.Time     // of an exit's work, or of a start's undoing; zero: none
 	left     leftRules
 
@@ -498,6 +499,9 @@ func (n *node) reduce(want state) error {
 	return n.inTurn(func() error {
 		left := n.leaving
 		n.leaving = state{}
+		if n.exited && n.others.unknown {
+			n.alone = n.servedAlone(n.want.minus(want))
+		}
 		if !n.exited && n.running != nil {
 			if err := n.show(want, n.serves()); err != nil {
 				n.leaving = left
@@ -522,7 +526,7 @@ func (n *node) reduce(want state) error {
 // prune takes from our links what nobody wants, and links left empty.
 func (n *node) prune(want state) error {
 	if n.others.unknown {
-		return nil
+		return n.pruneAlone()
 	}
 	var errs []error
 	all := want.union(n.others.wants)
@@ -533,6 +537,47 @@ func (n *node) prune(want state) error {
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// pruneAlone does so at an exit although somebody does not say what it wants: it takes
+// away what nobody else serves.
+func (n *node) pruneAlone() error {
+	var errs []error
+	for name, addrs := range n.alone.links {
+		l, err := linkByName(name)
+		if i := n.netifs[name]; err == nil && l != nil && i != nil {
+			if err = i.remove(l, addrs); err == nil {
+				err = i.removeBare(l)
+			}
+		}
+		errs = append(errs, err)
+	}
+	return errors.Join(errs...)
+}
+
+// servedAlone returns what of s no other process wants, or has a socket on: a process that
+// does not say what it wants may still serve.
+func (n *node) servedAlone(s state) state {
+	var es []endpoint
+	for _, rules := range s.rules {
+		es = append(es, rules...)
+	}
+	if n.running != nil {
+		es = append(es, n.running.listeners()...)
+	}
+	shared, served := map[netip.Addr]bool{}, strangers(es)
+	for e := range served {
+		shared[e.addr] = true
+	}
+	s = s.minus(n.others.wants)
+	a := state{links: map[string][]netip.Addr{}, rules: map[string][]endpoint{}}
+	for name, addrs := range s.links {
+		a.links[name] = slices.DeleteFunc(slices.Clone(addrs), func(x netip.Addr) bool { return shared[x] })
+	}
+	for backend, rules := range s.rules {
+		a.rules[backend] = slices.DeleteFunc(slices.Clone(rules), func(e endpoint) bool { return served[e] != "" })
+	}
+	return a
 }
 
 // await waits until CoreDNS listens on everything of cfg and completes its start.
