@@ -1,0 +1,2 @@
+package ruleset
+func (r *Ruleset) addLegacy() {}
