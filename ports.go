@@ -3,16 +3,8 @@ package nodecache
 import (
 	"errors"
 	"fmt"
-	"maps"
-	"net"
 	"net/netip"
-	"os"
-	"path/filepath"
-	"slices"
-	"strconv"
-	"strings"
 
-	"github.com/prometheus/procfs"
 	"golang.org/x/sys/unix"
 )
 
@@ -81,81 +73,4 @@ func as4(a netip.Addr) (b [4]byte) {
 		b = a.As4()
 	}
 	return b
-}
-
-// holder says who listens on e, as far as /proc tells: " by dnsmasq (process
-// 123, bound to 0.0.0.0:53)", or "".
-func holder(e endpoint) string { return whose(holders(e)) }
-
-// stranger is holder for those that are not this process.
-func stranger(e endpoint) string {
-	inodes := holders(e)
-	own, err := ownSockets()
-	if err != nil {
-		return ""
-	}
-	for _, fd := range own[e] {
-		var st unix.Stat_t
-		if unix.Fstat(fd, &st) == nil {
-			delete(inodes, st.Ino)
-		}
-	}
-	return whose(inodes)
-}
-
-// holders returns the sockets on e by their inode, with what they are bound to.
-func holders(e endpoint) map[uint64]string {
-	inodes := map[uint64]string{}
-	note := func(ip net.IP, port, state, inode uint64) {
-		a, ok := netip.AddrFromSlice(ip)
-		a = a.Unmap()
-		const listen = 10 // TCP_LISTEN, include/net/tcp_states.h
-		if ok && port == uint64(e.port) && (a == e.addr || a.IsUnspecified()) && (e.proto == "udp" || state == listen) {
-			inodes[inode] = netip.AddrPortFrom(a, e.port).String()
-		}
-	}
-	fs, err := procfs.NewDefaultFS()
-	if err != nil {
-		return nil
-	}
-	if e.proto == "udp" {
-		for _, read := range []func() (procfs.NetUDP, error){fs.NetUDP, fs.NetUDP6} {
-			lines, _ := read() // a family that is off has no file
-			for _, l := range lines {
-				note(l.LocalAddr, l.LocalPort, l.St, l.Inode)
-			}
-		}
-	} else {
-		//lint:ignore SA1019 what is to be used instead, inet_diag, is a module that some kernels lack
-		for _, read := range []func() (procfs.NetTCP, error){fs.NetTCP, fs.NetTCP6} {
-			lines, _ := read()
-			for _, l := range lines {
-				note(l.LocalAddr, l.LocalPort, l.St, l.Inode)
-			}
-		}
-	}
-	return inodes
-}
-
-// whose says which process has the first of these sockets.
-func whose(inodes map[uint64]string) string {
-	fds, _ := filepath.Glob("/proc/[0-9]*/fd/*")
-	for _, fd := range fds {
-		to, err := os.Readlink(fd)
-		if err != nil {
-			continue
-		}
-		inode, ok := strings.CutPrefix(to, "socket:[")
-		n, err := strconv.ParseUint(strings.TrimSuffix(inode, "]"), 10, 64)
-		if !ok || err != nil || inodes[n] == "" {
-			continue
-		}
-		pid := strings.Split(fd, "/")[2]
-		name, _ := os.ReadFile("/proc/" + pid + "/comm")
-		return fmt.Sprintf(" by %s (process %s, bound to %s)", strings.TrimSpace(string(name)), pid, inodes[n])
-	}
-	for _, at := range slices.Sorted(maps.Values(inodes)) {
-		return fmt.Sprintf(" by a process that can't be seen from here, bound to %s", at)
-	}
-	return ""
 }

@@ -55,7 +55,7 @@ func TestTakenPortIsNamedWithItsHolder(t *testing.T) {
 				wantError(t, err, "")
 				return
 			}
-			wantError(t, err, fmt.Sprintf("%s is taken by %s (process %d, bound to %s): end that program", e, strings.TrimSpace(string(comm)), os.Getpid(), test.bound))
+			wantError(t, err, fmt.Sprintf("%s is taken by %q (process %d, bound to %s): end that program", e, strings.TrimSpace(string(comm)), os.Getpid(), test.bound))
 			close()
 			wantError(t, tryPort(e), "")
 		})

@@ -103,7 +103,7 @@ func TestWarnsOfSharedPort(t *testing.T) {
 	n := newNode(t, nftables)
 	corefile := n.block(".:53", "10.96.0.10 169.254.20.10")
 	var other *process
-	n.faulty(corefile, "10.96.0.10:53/udp is served by coredns (process ", func() func() {
+	n.faulty(corefile, `10.96.0.10:53/udp is served by "coredns" (process `, func() func() {
 		other = n.launch(plainBlock(".:53", "10.96.0.10"), lab.Options{})
 		n.must(other.WaitServing())
 		return func() { other.exit(syscall.SIGTERM) }
