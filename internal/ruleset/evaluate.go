@@ -112,6 +112,12 @@ func (x *run) accepts() bool {
 	return false
 }
 
+// translates ends the rule with another destination.
+func (x *run) translates(to ...netip.Addr) bool {
+	x.out.may(Outcome{Translated: true, Targets: to})
+	return false
+}
+
 // expr goes through an expression. It returns false where the rule ends with a verdict.
 func (x *run) expr(e any) (goesOn bool) {
 	and := func(m maybe) { x.match = min(x.match, m) }
@@ -154,17 +160,19 @@ func (x *run) expr(e any) (goesOn bool) {
 		return x.drops()
 	case *expr.NAT:
 		if e.Type == expr.NATTypeDestNAT {
-			x.translates(x.addrs(e.RegAddrMin)...)
+			return x.translates(x.addrs(e.RegAddrMin)...)
 		}
 		return x.accepts()
 	case *expr.Redir:
-		x.translates()
-		return x.accepts()
+		return x.translates()
 	case *expr.Masq:
 		return x.accepts()
 	case *expr.Match:
 		and(x.xtMatch(e.Name, e.Info))
 	case *expr.Target:
+		if _, ok := x.ruleset.chain(x.chain, e.Name); ok && x.chain.Legacy {
+			return x.verdict(Verdict{int32(expr.VerdictJump), e.Name})
+		}
 		return x.xtTarget(e.Name, e.Info)
 	case *expr.Limit, *expr.Quota, *expr.Connlimit, *expr.Dynset:
 		and(perhaps)
@@ -189,11 +197,6 @@ func (x *run) expr(e any) (goesOn bool) {
 		and(perhaps)
 	}
 	return true
-}
-
-// translates notes that the destination is rewritten, and to what.
-func (x *run) translates(to ...netip.Addr) {
-	x.out.may(Outcome{Translated: true, Targets: to})
 }
 
 func (x *run) verdict(v Verdict) (goesOn bool) {

@@ -10,6 +10,7 @@ import (
 
 	"github.com/google/nftables/expr"
 	"github.com/google/nftables/userdata"
+	"github.com/google/nftables/xt"
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 )
@@ -21,10 +22,10 @@ const (
 	tries = 4
 )
 
-// Look has f look at nf_tables and, with legacy, at the legacy iptables. f is called again
+// Look has f look at nf_tables, and at those tables of the legacy iptables. f is called again
 // when the rules have changed meanwhile. The connection is of its own, which a process with
 // many descriptors can have too.
-func Look(legacy bool, f func(*Ruleset)) error {
+func Look(legacy []string, f func(*Ruleset)) error {
 	conn, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
 	if err != nil {
 		return fmt.Errorf("opening nf_tables: %w", err)
@@ -35,18 +36,21 @@ func Look(legacy bool, f func(*Ruleset)) error {
 	}
 	k := kernel{conn}
 	for range tries {
+		r := newRuleset()
 		before, err := k.generation()
 		if err != nil {
-			return err
+			// A kernel without nf_tables still has the legacy iptables.
+			if r.addLegacy(legacy); len(r.Chains) == 0 {
+				return err
+			}
+			f(r)
+			return nil
 		}
-		r := newRuleset()
 		r.read, r.readSet = k.rules, k.set
 		if r.Chains, err = k.chains(); err != nil {
 			return err
 		}
-		if legacy {
-			r.addLegacy()
-		}
+		r.addLegacy(legacy)
 		f(r)
 		if after, err := k.generation(); err == nil && bytes.Equal(before, after) {
 			return nil
@@ -163,11 +167,28 @@ func (k kernel) rules(c Chain) (rules []Rule, err error) {
 				r.Comment, _ = userdata.GetString(b, userdata.TypeComment)
 			}
 		})
+		for _, e := range r.Exprs {
+			if m, ok := e.(*expr.Match); ok && r.Comment == "" {
+				r.Comment = commentOf(m)
+			}
+		}
 		if mine {
 			rules = append(rules, r)
 		}
 	}
 	return rules, err
+}
+
+func commentOf(m *expr.Match) string {
+	switch i := m.Info.(type) {
+	case *xt.Comment:
+		return word([]byte(*i))
+	case *xt.Unknown:
+		if m.Name == "comment" {
+			return word(*i)
+		}
+	}
+	return ""
 }
 
 // expression reads one expression. The library's reading of a whole rule leaves out what it

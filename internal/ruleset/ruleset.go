@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"slices"
 
+	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
 )
 
@@ -40,6 +41,14 @@ type Rule struct {
 	Handle  uint64
 	Exprs   []any
 	Comment string
+}
+
+// Names tells whether a rule compares something with an address.
+func (r Rule) Names(a netip.Addr) bool {
+	return slices.ContainsFunc(r.Exprs, func(e any) bool {
+		c, ok := e.(*expr.Cmp)
+		return ok && c.Op == expr.CmpOpEq && slices.Equal(c.Data, a.AsSlice())
+	})
 }
 
 // Opaque is an expression that is not understood, by its name.
@@ -86,6 +95,7 @@ type Ruleset struct {
 	// read fills rules, readSet sets; both are nil for a ruleset that is whole.
 	read    func(Chain) ([]Rule, error)
 	readSet func(c Chain, name string) (Set, error)
+	index   map[tableKey]int // of Chains
 	work    int
 }
 
@@ -151,7 +161,7 @@ func (p Packet) family() byte {
 // Outcome is what may become of a packet in a chain.
 type Outcome struct {
 	Accept, Drop bool
-	Translated   bool // its destination may be rewritten
+	Translated   bool // it may be accepted with another destination
 	end          bool // it may come to the chain's end, or return
 
 	Places  []Place      // where it is dropped; no more than two
@@ -231,8 +241,14 @@ func (r *Ruleset) Through(p Packet, hook uint32, types ...string) (results []Res
 
 // chain returns the chain of that name in c's table.
 func (r *Ruleset) chain(c Chain, name string) (Chain, bool) {
-	i := slices.IndexFunc(r.Chains, func(d Chain) bool { return d.key(d.Name) == c.key(name) })
-	if i < 0 {
+	if r.index == nil {
+		r.index = map[tableKey]int{}
+		for i, d := range r.Chains {
+			r.index[d.key(d.Name)] = i
+		}
+	}
+	i, ok := r.index[c.key(name)]
+	if !ok {
 		return Chain{}, false
 	}
 	return r.Chains[i], true

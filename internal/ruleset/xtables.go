@@ -121,11 +121,9 @@ func (x *run) xtTarget(name string, info any) (goesOn bool) {
 	case "REJECT", "TARPIT", "DELUDE", "STEAL":
 		return x.drops()
 	case "DNAT":
-		x.translates(natAddr(info)...)
-		return x.accepts()
+		return x.translates(natAddr(info)...)
 	case "REDIRECT":
-		x.translates()
-		return x.accepts()
+		return x.translates()
 	case "SNAT", "MASQUERADE", "NETMAP", "TPROXY":
 		return x.accepts()
 	case "LOG", "NFLOG", "ULOG", "AUDIT", "TRACE", "MARK", "CONNMARK", "SECMARK", "CONNSECMARK", "CT", "NOTRACK", "SET",
