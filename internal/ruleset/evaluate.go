@@ -143,6 +143,8 @@ func (x *run) expr(e any) (goesOn bool) {
 		}
 	case *expr.Fib:
 		x.load(e.Register, x.packet.fib(e))
+	case *expr.Numgen:
+		x.load(e.Register, numbers(e.Offset, e.Modulus))
 	case *expr.Immediate:
 		x.load(e.Register, value{data: e.Data, known: all(len(e.Data))})
 	case *expr.Bitwise:
@@ -183,7 +185,7 @@ func (x *run) expr(e any) (goesOn bool) {
 		}
 	case Opaque:
 		switch e {
-		case "byteorder", "inner", "osf", "rt", "socket", "tunnel", "xfrm":
+		case "byteorder", "exthdr", "hash", "inner", "osf", "rt", "socket", "tunnel", "xfrm":
 			x.registers = registers{} // one of them
 		case "last":
 			return true
@@ -299,6 +301,19 @@ func (x *run) lookup(e *expr.Lookup) (goesOn bool) {
 // find returns the elements of which one may match what stands in registers from r on, and
 // whether one does.
 func (s Set) find(regs registers, r uint32) (found []Element, in maybe) {
+	if one := regs.value(r, 4).oneOf; len(one) > 0 && len(one) <= maxNumbers {
+		in = yes
+		some := false
+		for _, b := range one {
+			regs.load(r, value{data: b, known: all(len(b))})
+			els, m := s.find(regs, r)
+			found, in, some = append(found, els...), min(in, m), some || m != no
+		}
+		if some {
+			in = max(in, perhaps)
+		}
+		return found, in
+	}
 	for _, el := range s.Elements {
 		m := yes
 		at := 0

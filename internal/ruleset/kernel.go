@@ -193,9 +193,14 @@ func commentOf(m *expr.Match) string {
 
 // expression reads one expression. The library's reading of a whole rule leaves out what it
 // does not know.
-func expression(family byte, data []byte) any {
+func expression(family byte, data []byte) (read any) {
 	var name string
 	var body []byte
+	defer func() {
+		if recover() != nil { // the library takes it that data is as long as it should be
+			read = Opaque(name)
+		}
+	}()
 	each(data, func(typ uint16, b []byte) {
 		switch typ {
 		case unix.NFTA_EXPR_NAME:
@@ -240,6 +245,8 @@ func expression(family byte, data []byte) any {
 		e = &expr.NAT{}
 	case "notrack":
 		return &expr.Notrack{}
+	case "numgen":
+		e = &expr.Numgen{}
 	case "objref":
 		e = &expr.Objref{}
 	case "payload":

@@ -123,6 +123,7 @@ func parse(words []string) (r Rule) {
 		case "-m":
 		case "--comment":
 			r.Comment = arg
+			i++ // whatever it begins with
 		case "-s", "-d":
 			es, ok := addrMatch(arg, word == "-s", op)
 			add(es...)
@@ -151,7 +152,7 @@ func parse(words []string) (r Rule) {
 				ct.InvertFlags = ct.MatchFlags
 			}
 			for s := range strings.SplitSeq(arg, ",") {
-				ct.StateMask |= map[string]uint16{"INVALID": 1, "ESTABLISHED": 2, "RELATED": 4, "NEW": StateNew, "UNTRACKED": StateUntracked}[s]
+				ct.StateMask |= map[string]uint16{"INVALID": 1, "ESTABLISHED": 2, "RELATED": 4, "NEW": StateNew, "UNTRACKED": xtUntracked}[s]
 			}
 			add(&expr.Match{Name: "conntrack", Info: ct})
 		case "--src-type", "--dst-type":

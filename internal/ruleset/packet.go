@@ -139,6 +139,18 @@ func (v value) isNot(from, to []byte) bool {
 	return false
 }
 
+// maxNumbers bounds the values that are gone through one by one.
+const maxNumbers = 128
+
+// numbers is one of n numbers from first on.
+func numbers(first, n uint32) value {
+	v := value{data: make([]byte, 4), known: make([]byte, 4)}
+	for i := uint32(0); i < n && n <= maxNumbers; i++ {
+		v.oneOf = append(v.oneOf, binary.NativeEndian.AppendUint32(nil, first+i))
+	}
+	return v
+}
+
 func (x *run) bitwise(e *expr.Bitwise) {
 	n := int(e.Len)
 	if n > 64 {

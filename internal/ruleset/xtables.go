@@ -60,13 +60,20 @@ func portIn(port uint16, ports [2]uint16, not bool) maybe {
 	return m.invert(not)
 }
 
+// xtUntracked is StateUntracked to the match conntrack (XT_CONNTRACK_STATE_UNTRACKED).
+const xtUntracked = 1 << 8
+
 func (p Packet) conntrack(flags, inverted, states uint16) maybe {
 	const state = uint16(xt.ConntrackState)
 	if flags&state == 0 {
 		// Of a packet that is not tracked there is nothing else to compare.
 		return min(perhaps, sure(p.State != StateUntracked))
 	}
-	m := sure(uint32(states)&p.State != 0).invert(inverted&state != 0)
+	own := uint16(p.State)
+	if p.State == StateUntracked {
+		own = xtUntracked
+	}
+	m := sure(states&own != 0).invert(inverted&state != 0)
 	if flags != state && p.State != StateUntracked {
 		m = min(m, perhaps)
 	}
