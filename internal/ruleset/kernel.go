@@ -113,7 +113,32 @@ func (k kernel) generation() ([]byte, error) {
 	return slices.Concat(answers...), err
 }
 
+// dormant returns the tables that have been switched off.
+func (k kernel) dormant() (tables map[tableKey]bool, err error) {
+	const tableDormant = 1 // NFT_TABLE_F_DORMANT
+	answers, err := k.ask(unix.NFT_MSG_GETTABLE, netlink.Dump, unix.NFPROTO_UNSPEC)
+	tables = map[tableKey]bool{}
+	for _, a := range answers {
+		t := tableKey{family: a[0]}
+		var flags uint32
+		each(a[4:], func(typ uint16, b []byte) {
+			switch typ {
+			case unix.NFTA_TABLE_NAME:
+				t.table = word(b)
+			case unix.NFTA_TABLE_FLAGS:
+				flags = number(b)
+			}
+		})
+		tables[t] = flags&tableDormant != 0
+	}
+	return tables, err
+}
+
 func (k kernel) chains() (chains []Chain, err error) {
+	dormant, err := k.dormant()
+	if err != nil {
+		return nil, err
+	}
 	answers, err := k.ask(unix.NFT_MSG_GETCHAIN, netlink.Dump, unix.NFPROTO_UNSPEC)
 	for _, a := range answers {
 		c := Chain{Family: a[0]}
@@ -139,6 +164,7 @@ func (k kernel) chains() (chains []Chain, err error) {
 				})
 			}
 		})
+		c.Base = c.Base && !dormant[tableKey{family: c.Family, table: c.Table}]
 		if c.Family == unix.NFPROTO_IPV4 || c.Family == unix.NFPROTO_IPV6 || c.Family == unix.NFPROTO_INET {
 			chains = append(chains, c)
 		}

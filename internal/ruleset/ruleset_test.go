@@ -286,6 +286,7 @@ COMMIT
 func TestChainsOfHook(t *testing.T) {
 	inKernel(t, `table ip a { chain x { type filter hook input priority 10; policy drop; }; }
 		table inet b { chain y { type filter hook input priority -10; accept; }; chain z { type filter hook output priority 0; ct state established accept; reject; }; }
+		table inet off { flags dormant; chain v { type filter hook input priority 0; drop; }; }
 		table ip6 c { chain w { type filter hook input priority 0; drop; }; }`, func(r *Ruleset) {
 		for _, tt := range []struct {
 			packet Packet
