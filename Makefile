@@ -146,9 +146,12 @@ race: deps ## Run the package's tests with the race detector (needs a C compiler
 	CGO_ENABLED=1 go test -race -count=1 -timeout 20m .
 
 .PHONY: fuzz
-fuzz: ## Fuzz the directive's parser and fastpath's, each for FUZZTIME (5m).
+fuzz: ## Fuzz the parsers, each for FUZZTIME (5m).
 	for f in FuzzDirective FuzzPlainQuery FuzzTTLOffsets; do \
 		go test -run '^$$' -fuzz $$f -fuzztime $(FUZZTIME) . || exit; \
+	done
+	for f in FuzzEvaluate FuzzLegacy; do \
+		go test -run '^$$' -fuzz $$f -fuzztime $(FUZZTIME) ./internal/ruleset || exit; \
 	done
 
 .PHONY: cover

@@ -541,7 +541,7 @@ func recentName(a netip.Addr) string { return "nodecache_" + a.String() }
 
 // recentPath is the file through which a list is written. The kernel makes it
 // with the first rule that names the list and removes it with the last.
-func recentPath(a netip.Addr) string { return "/proc/net/xt_recent/" + recentName(a) }
+func recentPath(a netip.Addr) string { return "/proc/thread-self/net/xt_recent/" + recentName(a) }
 
 func writable(path string) bool {
 	f, err := os.OpenFile(path, os.O_WRONLY, 0)
