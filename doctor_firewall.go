@@ -16,19 +16,21 @@ import (
 // writes (since 1.22.6).
 const nodeCacheComment = "NodeLocal DNS Cache"
 
-// look looks at the packet filters. A look that fails finds nothing.
-func look(legacy []string, f func(*ruleset.Ruleset)) {
-	if err := ruleset.Look(legacy, f); err != nil {
+// look returns what f finds in the packet filters. A look that fails finds nothing.
+func look[T any](legacy []string, f func(*ruleset.Ruleset) T) (found T) {
+	err := ruleset.Look(legacy, func(r *ruleset.Ruleset) { found = f(r) })
+	if err != nil {
 		log.Debugf("%v", err)
+		var nothing T
+		return nothing
 	}
+	return found
 }
 
 // rulesOfNodeCache finds NOTRACK rules of node-cache for our addresses. They match
 // whether somebody listens or not.
 func rulesOfNodeCache(s site) []string {
-	var found []netip.Addr
-	look([]string{"raw"}, func(r *ruleset.Ruleset) {
-		found = nil
+	found := look([]string{"raw"}, func(r *ruleset.Ruleset) (found []netip.Addr) {
 		for _, c := range r.Chains {
 			if c.Table != "raw" || c.Name != "PREROUTING" || c.Family == unix.NFPROTO_INET {
 				continue
@@ -45,6 +47,7 @@ func rulesOfNodeCache(s site) []string {
 				}
 			}
 		}
+		return found
 	})
 	if len(found) == 0 {
 		return nil
@@ -80,9 +83,11 @@ func sharedPort(s site) (found []string) {
 // answer, wherever it comes from and by whatever link. Where some may pass nothing is
 // said.
 func firewallDrops(s site) (found []string) {
-	var drops map[string][]endpoint
-	look([]string{"filter", "mangle", "security"}, func(r *ruleset.Ruleset) {
-		drops = map[string][]endpoint{}
+	if len(s.untracked) == 0 {
+		return nil
+	}
+	drops := look([]string{"filter", "mangle", "security"}, func(r *ruleset.Ruleset) map[string][]endpoint {
+		drops := map[string][]endpoint{}
 		note := func(what string, e endpoint, results []ruleset.Result) {
 			for _, res := range results {
 				if !res.Drop || res.Accept {
@@ -105,6 +110,7 @@ func firewallDrops(s site) (found []string) {
 			note("query", e, r.Through(query, unix.NF_INET_LOCAL_IN, "filter"))
 			note("answer", e, r.Through(answer, unix.NF_INET_LOCAL_OUT, "filter", "route"))
 		}
+		return drops
 	})
 	for _, what := range slices.Sorted(maps.Keys(drops)) {
 		found = append(found, fmt.Sprintf("the firewall drops every %s: have it accept what comes to %s, and what comes from there, whatever the connection state, or pods get no answer", what, some(drops[what])))

@@ -46,13 +46,17 @@ func bridgeNetfilterOff(s site) (found []string) {
 	if _, err := os.Stat("/proc/sys/net/core"); err != nil {
 		return nil // settings are hidden from here
 	}
+	bridges := bridgesOfPods()
 	for _, f := range []family{ipv4, ipv6} {
 		name := map[family]string{ipv4: "bridge-nf-call-iptables", ipv6: "bridge-nf-call-ip6tables"}[f]
-		if sysctlValue("net/bridge/"+name) != 0 {
+		if len(bridges) == 0 || sysctlValue("net/bridge/"+name) != 0 {
 			continue
 		}
-		for _, bridge := range bridgesOfPods(s.behind(f), f) {
-			found = append(found, fmt.Sprintf("pods on the bridge %s get no answer from a DNS pod on the same bridge when this cache is down, since net.bridge.%s is off: load the module br_netfilter and set net.bridge.%s=1, as kube-proxy asks for too", bridge, name, name))
+		servers := s.behind(f)
+		for _, l := range bridges {
+			if slices.ContainsFunc(servers, network(l, f)) {
+				found = append(found, fmt.Sprintf("pods on the bridge %s get no answer from a DNS pod on the same bridge when this cache is down, since net.bridge.%s is off: load the module br_netfilter and set net.bridge.%s=1, as kube-proxy asks for too", l.Attrs().Name, name, name))
+			}
 		}
 	}
 	return found
@@ -60,29 +64,25 @@ func bridgeNetfilterOff(s site) (found []string) {
 
 // behind returns where queries for our addresses go when this cache is down, by the rules
 // for them that are certain.
-func (s site) behind(f family) (targets []netip.Addr) {
-	look([]string{"nat"}, func(r *ruleset.Ruleset) {
-		targets = nil
+func (s site) behind(f family) []netip.Addr {
+	return look([]string{"nat"}, func(r *ruleset.Ruleset) (servers []netip.Addr) {
 		for _, e := range s.listeners {
 			if e.proto != "udp" || familyOf(e.addr) != f || s.placed[e.addr].foreign {
 				continue
 			}
-			for _, res := range r.Through(ruleset.Packet{Proto: unix.IPPROTO_UDP, Dst: e.addr, DstPort: e.port, State: ruleset.StateNew}, unix.NF_INET_PRE_ROUTING, "nat") {
+			query := ruleset.Packet{Proto: unix.IPPROTO_UDP, Dst: e.addr, DstPort: e.port, State: ruleset.StateNew}
+			for _, res := range r.Through(query, unix.NF_INET_PRE_ROUTING, "nat") {
 				if res.Translated && !res.Accept {
-					targets = append(targets, res.Targets...)
+					servers = append(servers, res.Targets...)
 				}
 			}
 		}
+		return servers
 	})
-	return targets
 }
 
-// bridgesOfPods returns the bridges with two pods or more whose own network has one of the
-// addresses.
-func bridgesOfPods(addrs []netip.Addr, f family) (names []string) {
-	if len(addrs) == 0 {
-		return nil
-	}
+// bridgesOfPods returns the bridges with two pods or more: one alone has no other to ask.
+func bridgesOfPods() (bridges []netlink.Link) {
 	links, err := dumped(netlink.LinkList)
 	if err != nil {
 		return nil
@@ -93,13 +93,7 @@ func bridgesOfPods(addrs []netip.Addr, f family) (names []string) {
 			pods[l.Attrs().MasterIndex]++
 		}
 	}
-	for _, l := range links {
-		// One pod alone has no other to ask.
-		if l.Type() == "bridge" && pods[l.Attrs().Index] > 1 && slices.ContainsFunc(addrs, network(l, f)) {
-			names = append(names, l.Attrs().Name)
-		}
-	}
-	return names
+	return slices.DeleteFunc(links, func(l netlink.Link) bool { return l.Type() != "bridge" || pods[l.Attrs().Index] < 2 })
 }
 
 // network tells of an address whether it is in a network of a link's, as the pods' are in

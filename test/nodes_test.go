@@ -19,11 +19,20 @@ var (
 		"@OTHER@", "fd00:17::2/128", "@TO-OTHER@", "[fd00:17::2]:80", "@LOCALS@", "fd00:20::/64", "@LOOPBACK@", "::1/128", "@MDNS@", "ff02::fb/128", "@ICMP@", "ipv6-icmp")
 )
 
+// empty is tables of iptables without rules.
+const empty = "*filter\n:INPUT ACCEPT\n:FORWARD ACCEPT\n:OUTPUT ACCEPT\nCOMMIT\n*nat\nCOMMIT\n*mangle\nCOMMIT\n"
+
 // load has a node filter by a file, instead of all that it had.
 func (n *node) load(file string) {
 	n.Helper()
 	_, err := n.Node.Run("nft", "flush", "ruleset")
 	n.must(err)
+	if n.backend.iptables == lab.Legacy {
+		for _, restore := range []string{"iptables-restore", "ip6tables-restore"} {
+			_, err := n.Node.RunInput(empty, restore)
+			n.must(err)
+		}
+	}
 	text := read(n.T, filepath.Join("testdata", "nodes", file))
 	if strings.HasSuffix(file, ".nft") {
 		_, err = n.Node.RunInput(text, "nft", "-f", "-")
@@ -87,13 +96,19 @@ func (n *node) examined(file, sick, words string) {
 	})
 }
 
+// legacyNFT is a node with the legacy iptables on which the cache uses nftables.
+var legacyNFT = backend{lab.Legacy, "nftables"}
+
 // On healthy nodes nothing is found.
 func TestHealthyNodes(t *testing.T) {
-	for _, b := range []backend{iptablesNFT, nftables} {
+	for _, b := range append([]backend{legacyNFT}, backends...) {
 		t.Run(b.String(), func(t *testing.T) {
 			n := newNode(t, b)
-			for _, file := range []string{"kubeadm.rules", "k3s.rules", "eks.rules", "gke.rules", "docker.rules", "calico.rules", "ufw.rules",
-				"talos.nft", "by-link.nft", "untracked.nft", "kube-proxy.nft", "firewalld.nft"} {
+			files := []string{"kubeadm.rules", "k3s.rules", "eks.rules", "gke.rules", "docker.rules", "calico.rules", "ufw.rules"}
+			if b.iptables == lab.NFT {
+				files = append(files, "talos.nft", "by-link.nft", "untracked.nft", "kube-proxy.nft", "firewalld.nft")
+			}
+			for _, file := range files {
 				n.examined(file, "", "")
 			}
 		})
@@ -102,20 +117,26 @@ func TestHealthyNodes(t *testing.T) {
 
 // What drops every query or every answer is found, and where.
 func TestSickNodes(t *testing.T) {
-	for _, b := range []backend{iptablesNFT, nftables} {
+	for _, b := range append([]backend{legacyNFT}, backends...) {
 		t.Run(b.String(), func(t *testing.T) {
 			n := newNode(t, b)
-			n.examined("sick-firewalld.nft", allAddrs, " of the chain filter_INPUT of the nftables table inet firewalld)")
-			n.examined("sick-port-elsewhere.nft", allAddrs, "every query (the policy of the chain input of the nftables table inet host)")
-			n.examined("sick-answers.nft", allAddrs, "every answer (the policy of the chain output of the nftables table inet host)")
-			n.examined("sick-one-rule.nft", allAddrs, "every query (rule 2 (handle")
+			if b.iptables == lab.NFT {
+				n.examined("sick-firewalld.nft", allAddrs, " of the chain filter_INPUT of the nftables table inet firewalld)")
+				n.examined("sick-port-elsewhere.nft", allAddrs, "every query (the policy of the chain input of the nftables table inet host)")
+				n.examined("sick-answers.nft", allAddrs, "every answer (the policy of the chain output of the nftables table inet host)")
+				n.examined("sick-one-rule.nft", allAddrs, "every query (rule 2 (handle")
+			}
 			// The backend iptables has ACCEPT rules of its own in these tables.
 			sick, sick6 := allAddrs, only6
-			if b == iptablesNFT {
+			if b.firewall == "iptables" {
 				sick, sick6 = "", ""
 			}
-			n.examined("sick-ufw.rules", sick, "every query (the policy of the chain INPUT of the nftables table ip")
-			n.examined("ip6-closed.rules", sick6, "every query (the policy of the chain INPUT of the nftables table ip6 filter)")
+			in, in6 := "the nftables table ip", "the nftables table ip6 filter"
+			if b.iptables == lab.Legacy {
+				in, in6 = "the table filter of ip", "the table filter of ip6tables-legacy"
+			}
+			n.examined("sick-ufw.rules", sick, "every query (the policy of the chain INPUT of "+in)
+			n.examined("ip6-closed.rules", sick6, "every query (the policy of the chain INPUT of "+in6+")")
 		})
 	}
 }
