@@ -36,7 +36,7 @@ const (
 	maxDepth = 32
 	// maxWork bounds the rules and elements that are looked at in one ruleset, which takes
 	// about a second.
-	maxWork = 3_000_000
+	maxWork = 1_000_000
 )
 
 // evaluation is that of one packet in one base chain.

@@ -27,18 +27,27 @@ type value struct {
 type kind int
 
 const (
-	anyValue    kind = iota
-	linkName         // of a link that is not lo
-	linkIndex        // as linkName
-	remoteAddr       // an address of another host
-	remoteType       // the type of such an address
-	maxLoopback = 127
+	anyValue   kind = iota
+	linkName        // of a link that is not lo
+	linkIndex       // as linkName
+	remoteAddr      // an address of another host
+	remoteType      // the type of such an address
 )
 
-const loopback = 1 // the index of lo
+const (
+	loopback    = 1   // the index of lo
+	loopbackNet = 127 // the first byte of its addresses
+)
 
-// all is that all bits of n bytes are known.
-func all(n int) []byte { return bytes.Repeat([]byte{0xff}, n) }
+var ones = bytes.Repeat([]byte{0xff}, 64)
+
+// all is that all bits of n bytes are known. It is not to be written to.
+func all(n int) []byte {
+	if n <= len(ones) {
+		return ones[:n:n]
+	}
+	return bytes.Repeat([]byte{0xff}, n)
+}
 
 // offset returns where a register stands, or -1.
 func offset(register uint32) int {
@@ -131,7 +140,7 @@ func (v value) isNot(from, to []byte) bool {
 	case remoteAddr:
 		switch len(from) {
 		case 1, 2, 3, 4:
-			return from[0] == maxLoopback && to[0] == maxLoopback
+			return from[0] == loopbackNet && to[0] == loopbackNet
 		case 16:
 			return one && !v.masked && netip.AddrFrom16([16]byte(from)) == netip.IPv6Loopback()
 		}

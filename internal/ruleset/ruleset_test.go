@@ -307,3 +307,19 @@ func TestChainsOfHook(t *testing.T) {
 		}
 	}, "nft", "-f", "-")
 }
+
+// A process with many open descriptors can look as well.
+func TestLookWithManyDescriptors(t *testing.T) {
+	for range 1100 {
+		f, err := os.Open(os.DevNull)
+		if err != nil {
+			t.Skip(err) // fewer are allowed
+		}
+		defer f.Close()
+	}
+	inKernel(t, "table ip t { chain input { type filter hook input priority 0; drop; }; }", func(r *Ruleset) {
+		if got := said(r.Through(query(own4), unix.NF_INET_LOCAL_IN, "filter")); got != "drop" {
+			t.Errorf("of a query: %q", got)
+		}
+	}, "nft", "-f", "-")
+}

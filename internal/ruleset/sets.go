@@ -124,7 +124,7 @@ func assemble(els []element, interval bool, fields []int) (s Set) {
 		switch {
 		case el.catchAll:
 			s.CatchAll = &el.Element
-		case interval && el.To == nil:
+		case interval && el.To == nil && fields == nil:
 			ends = append(ends, el)
 		default:
 			if el.To == nil {
