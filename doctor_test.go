@@ -3,6 +3,7 @@ package nodecache
 import (
 	"fmt"
 	stdlog "log"
+	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -52,6 +53,29 @@ func TestNetworkManager(t *testing.T) {
 				t.Errorf("found %q, want one: %v", found, tt.want)
 			}
 		})
+	}
+}
+
+// Other caches are no strangers, and are asked once, however many addresses there are.
+func TestSharedPort(t *testing.T) {
+	newTestLink(t, "169.254.20.10", "10.96.0.10")
+	for _, a := range []string{"169.254.20.10", "10.96.0.10"} {
+		c, err := reuseport.ListenPacket(t.Context(), "udp", a+":53")
+		must(t, err)
+		f, err := c.(*net.UDPConn).File()
+		must(t, err)
+		c.Close()
+		handOver(t, "dnsmasq", f)
+	}
+	asked := 0
+	o := others{serves: map[endpoint]bool{{addr: addr("10.96.0.10"), proto: "udp", port: 53}: true}}
+	s := site{listeners: dnsOn("169.254.20.10", "10.96.0.10"), ask: func() (others, error) { asked++; return o, nil }}
+	if found := sharedPort(s); len(found) != 1 || !strings.HasPrefix(found[0], `169.254.20.10:53/udp is served by "dnsmasq" (process `) || asked != 1 {
+		t.Errorf("asked %d times, found %q", asked, found)
+	}
+	o.unknown = true
+	if found := sharedPort(s); len(found) > 0 {
+		t.Errorf("beside one that does not say what it serves: %q", found)
 	}
 }
 
@@ -180,7 +204,8 @@ func TestExaminesWhateverSync(t *testing.T) {
 	}
 	must(t, n.do(func() error { n.exited = true; n.examineTick.Stop(); return nil }))
 	examination.Lock() // what is under way comes to its end
-	examination.Unlock()
+	defer examination.Unlock()
+	examination.found = nil
 }
 
 func TestExaminesAgain(t *testing.T) {
