@@ -86,7 +86,7 @@ func firewallDrops(s site) (found []string) {
 	if len(s.untracked) == 0 {
 		return nil
 	}
-	drops := look([]string{"filter", "mangle", "security"}, func(r *ruleset.Ruleset) map[string][]endpoint {
+	drops := look([]string{"raw", "mangle", "filter", "security"}, func(r *ruleset.Ruleset) map[string][]endpoint {
 		drops := map[string][]endpoint{}
 		note := func(what string, e endpoint, results []ruleset.Result) {
 			for _, res := range results {
@@ -107,8 +107,10 @@ func firewallDrops(s site) (found []string) {
 			}
 			answer := query
 			answer.Src, answer.SrcPort, answer.Dst, answer.DstPort = e.addr, e.port, netip.Addr{}, 0
+			note("query", e, r.Through(query, unix.NF_INET_PRE_ROUTING, "filter"))
 			note("query", e, r.Through(query, unix.NF_INET_LOCAL_IN, "filter"))
 			note("answer", e, r.Through(answer, unix.NF_INET_LOCAL_OUT, "filter", "route"))
+			note("answer", e, r.Through(answer, unix.NF_INET_POST_ROUTING, "filter"))
 		}
 		return drops
 	})

@@ -20,7 +20,7 @@ var (
 )
 
 // empty is tables of iptables without rules.
-const empty = "*filter\n:INPUT ACCEPT\n:FORWARD ACCEPT\n:OUTPUT ACCEPT\nCOMMIT\n*nat\nCOMMIT\n*mangle\nCOMMIT\n"
+const empty = "*filter\n:INPUT ACCEPT\n:FORWARD ACCEPT\n:OUTPUT ACCEPT\nCOMMIT\n*nat\nCOMMIT\n*mangle\nCOMMIT\n*raw\nCOMMIT\n"
 
 // load has a node filter by a file, instead of all that it had.
 func (n *node) load(file string) {
@@ -135,6 +135,7 @@ func TestSickNodes(t *testing.T) {
 			if b.iptables == lab.Legacy {
 				in, in6 = "the table filter of ip", "the table filter of ip6tables-legacy"
 			}
+			n.examined("sick-raw.rules", allAddrs, " of the chain PREROUTING of the ")
 			n.examined("sick-ufw.rules", sick, "every query (the policy of the chain INPUT of "+in)
 			n.examined("ip6-closed.rules", sick6, "every query (the policy of the chain INPUT of "+in6+")")
 		})

@@ -130,12 +130,13 @@ func (x *run) expr(e any) (goesOn bool) {
 	case *expr.Ct:
 		switch {
 		case e.SourceRegister:
-		case e.Key == expr.CtKeySTATE:
+		case e.Key == expr.CtKeySTATE && x.packet.State != 0:
 			x.load(e.Register, value{data: binary.NativeEndian.AppendUint32(nil, x.packet.State), known: all(4)})
 		case x.packet.State == StateUntracked:
 			and(no) // of a packet that is not tracked, nothing else is there to compare
 		default:
 			x.load(e.Register, value{data: make([]byte, 16), known: make([]byte, 16)})
+			and(perhaps)
 		}
 	case *expr.Payload:
 		if e.OperationType == expr.PayloadLoad {

@@ -15,48 +15,49 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-const (
-	// patience bounds a look at nf_tables.
-	patience = 5 * time.Second
-	// tries is how often a look begins anew when somebody changes what is looked at.
-	tries = 4
-)
+// patience bounds a look, and each program that it runs.
+const patience = 5 * time.Second
 
 // Look has f look at nf_tables, and at those tables of the legacy iptables. f is called again
 // when the rules have changed meanwhile. The connection is of its own, which a process with
 // many descriptors can have too.
 func Look(legacy []string, f func(*Ruleset)) error {
+	texts := readLegacy(legacy)
 	conn, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
 	if err != nil {
 		return fmt.Errorf("opening nf_tables: %w", err)
 	}
 	defer conn.Close()
-	if err := conn.SetDeadline(time.Now().Add(patience)); err != nil {
+	late := time.Now().Add(patience)
+	if err := conn.SetDeadline(late); err != nil {
 		return fmt.Errorf("looking at nf_tables: %w", err)
 	}
 	k := kernel{conn}
-	for range tries {
+	for pause := 10 * time.Millisecond; ; pause *= 2 {
 		r := newRuleset()
 		before, err := k.generation()
-		if err != nil {
-			// A kernel without nf_tables still has the legacy iptables.
-			if r.addLegacy(legacy); len(r.Chains) == 0 {
-				return err
-			}
-			f(r)
-			return nil
+		if err == nil {
+			r.read, r.readSet = k.rules, k.set
+			r.Chains, err = k.chains()
 		}
-		r.read, r.readSet = k.rules, k.set
-		if r.Chains, err = k.chains(); err != nil {
+		for _, t := range texts {
+			r.addText(t.family, t.text)
+		}
+		if err != nil && len(texts) == 0 {
 			return err
 		}
-		r.addLegacy(legacy)
 		f(r)
+		if err != nil {
+			return nil // a kernel without nf_tables
+		}
 		if after, err := k.generation(); err == nil && bytes.Equal(before, after) {
 			return nil
 		}
+		if time.Now().Add(pause).After(late) {
+			return errors.New("looking at nf_tables: it changes all the time")
+		}
+		time.Sleep(pause)
 	}
-	return errors.New("looking at nf_tables: it changes all the time")
 }
 
 // kernel reads nf_tables.

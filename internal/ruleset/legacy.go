@@ -15,9 +15,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// addLegacy adds those of the tables that the legacy iptables has in use, which nf_tables
+// legacyText is a table as iptables-save prints it.
+type legacyText struct {
+	family byte
+	text   string
+}
+
+// readLegacy reads those of the tables that the legacy iptables has in use, which nf_tables
 // knows nothing of: to look at the others would load them.
-func (r *Ruleset) addLegacy(tables []string) {
+func readLegacy(tables []string) (texts []legacyText) {
 	for _, f := range []struct {
 		family      byte
 		names, save string
@@ -36,10 +42,11 @@ func (r *Ruleset) addLegacy(tables []string) {
 			out, err := exec.CommandContext(ctx, program, "-t", table).Output()
 			cancel()
 			if err == nil && !strings.Contains(string(out[:min(len(out), 100)]), "nf_tables") {
-				r.addText(f.family, string(out))
+				texts = append(texts, legacyText{f.family, string(out)})
 			}
 		}
 	}
+	return texts
 }
 
 var (

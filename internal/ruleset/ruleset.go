@@ -134,7 +134,7 @@ type Packet struct {
 	Proto            byte // IPPROTO_UDP or IPPROTO_TCP
 	Src, Dst         netip.Addr
 	SrcPort, DstPort uint16
-	State            uint32 // StateUntracked or StateNew
+	State            uint32 // StateUntracked, StateNew or 0, which can be any
 }
 
 // The states of connection tracking, as a rule sees them.
@@ -142,6 +142,9 @@ const (
 	StateNew       = 1 << 3
 	StateUntracked = 1 << 6
 )
+
+// priorityRaw is that of the rules that keep packets out of connection tracking.
+const priorityRaw = -300
 
 // own is the packet's address that is known, which is this node's.
 func (p Packet) own() netip.Addr {
@@ -227,6 +230,9 @@ func (r *Ruleset) Through(p Packet, hook uint32, types ...string) (results []Res
 	slices.SortStableFunc(bases, func(a, b Chain) int { return cmp.Compare(a.Priority, b.Priority) })
 	for _, c := range bases {
 		e := evaluation{ruleset: r, packet: p, known: map[tableKey]Outcome{}}
+		if c.Hook == unix.NF_INET_PRE_ROUTING && c.Priority <= priorityRaw {
+			e.packet.State = 0 // nobody has decided yet
+		}
 		o := e.chain(c, 0)
 		if o.end && c.Drops {
 			o.may(Outcome{Drop: true, Places: []Place{{Chain: c}}})

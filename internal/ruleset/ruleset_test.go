@@ -287,6 +287,7 @@ func TestChainsOfHook(t *testing.T) {
 	inKernel(t, `table ip a { chain x { type filter hook input priority 10; policy drop; }; }
 		table inet b { chain y { type filter hook input priority -10; accept; }; chain z { type filter hook output priority 0; ct state established accept; reject; }; }
 		table inet off { flags dormant; chain v { type filter hook input priority 0; drop; }; }
+		table ip d { chain p { type filter hook prerouting priority raw; ct state invalid drop; }; chain q { type filter hook prerouting priority mangle; ct state invalid accept; ct state untracked drop; }; }
 		table ip6 c { chain w { type filter hook input priority 0; drop; }; }`, func(r *Ruleset) {
 		for _, tt := range []struct {
 			packet Packet
@@ -295,6 +296,7 @@ func TestChainsOfHook(t *testing.T) {
 		}{
 			{query(own4), unix.NF_INET_LOCAL_IN, "accept, drop"},
 			{query(own6), unix.NF_INET_LOCAL_IN, "accept, drop"},
+			{query(own4), unix.NF_INET_PRE_ROUTING, "accept drop, drop"},
 			{answer(own6), unix.NF_INET_LOCAL_OUT, "drop"},
 		} {
 			results := r.Through(tt.packet, tt.hook, "filter")

@@ -44,7 +44,7 @@ func (x *run) xtMatch(name string, info any) maybe {
 			return yes
 		case name == "multiport":
 			return x.packet.multiport(*i)
-		case name == "state" && len(*i) >= 4:
+		case name == "state" && len(*i) >= 4 && x.packet.State != 0:
 			return sure(binary.NativeEndian.Uint32(*i)&x.packet.State != 0)
 		}
 	}
@@ -65,6 +65,9 @@ const xtUntracked = 1 << 8
 
 func (p Packet) conntrack(flags, inverted, states uint16) maybe {
 	const state = uint16(xt.ConntrackState)
+	if p.State == 0 {
+		return perhaps
+	}
 	if flags&state == 0 {
 		// Of a packet that is not tracked there is nothing else to compare.
 		return min(perhaps, sure(p.State != StateUntracked))
