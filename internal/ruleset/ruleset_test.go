@@ -325,3 +325,28 @@ func TestLookWithManyDescriptors(t *testing.T) {
 		}
 	}, "nft", "-f", "-")
 }
+
+// What has changed while it was looked at is looked at again.
+func TestLookAgainAfterChange(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("network namespaces take root")
+	}
+	ns, err := lab.NewNamespace("node")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var heard []string
+	err = ns.Do(func() error {
+		return Look(nil, func(r *Ruleset) {
+			heard = append(heard, said(r.Through(query(own4), unix.NF_INET_LOCAL_IN, "filter")))
+			if len(heard) == 1 {
+				if _, err := ns.RunInput("table ip t { chain input { type filter hook input priority 0; drop; }; }", "nft", "-f", "-"); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	})
+	if err != nil || !slices.Equal(heard, []string{"", "drop"}) {
+		t.Errorf("heard %q: %v", heard, err)
+	}
+}
