@@ -27,7 +27,7 @@ type reply struct {
 // is only slow.
 func (m *member) ask(within time.Duration) (others, error) {
 	o := others{wants: state{}, serves: map[endpoint]bool{}, variants: map[string]bool{}, states: map[string]int{}}
-	list, err := look(memberSockets)
+	list, err := listSockets(memberSockets)
 	if err != nil {
 		return o, fmt.Errorf("looking for other processes that serve here: %w", err)
 	}

@@ -60,7 +60,7 @@ func TestNFTWithManyDescriptorsOpen(t *testing.T) {
 		remove(t, fw)
 	}
 	must(t, removeFromNFT(ipv4))
-	newNode().examine(site{backends: map[string]bool{backendNFT: true}}, false)
+	newNode().examine(site{untracked: es}, false)
 	if after := exported(t, "look_panics_total"); after != before {
 		t.Errorf("%v looks panicked", after-before)
 	}

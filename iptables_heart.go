@@ -17,7 +17,7 @@ const (
 	beatEvery   = time.Second
 	beatSeconds = 3
 	// recentDir is there once the kernel has loaded the match recent.
-	recentDir    = "/proc/net/xt_recent"
+	recentDir    = "/proc/thread-self/net/xt_recent"
 	recentPrefix = "nodecache_"
 )
 

@@ -90,7 +90,7 @@ func trustSender(control []byte) bool {
 // on it, so nobody is waited for.
 func (w lastWords) tell(id string) {
 	w.count()
-	list, err := look(lastWordsSockets)
+	list, err := listSockets(lastWordsSockets)
 	if err != nil {
 		log.Debugf("looking for other processes to tell of this exit: %v", err)
 		return

@@ -121,20 +121,32 @@ func stuck(t *testing.T, text string) (end func()) {
 	return func() { l.Close() }
 }
 
+// While it runs: at its exit the sockets that others have tell what they serve.
 func TestNothingIsTakenFromWhoDoesNotAnswer(t *testing.T) {
 	for name, text := range map[string]string{"stopped": "", "garbled": "{]"} {
 		t.Run(name, func(t *testing.T) {
 			n, fw := newTestNode(t)
-			up(t, n, demand(t, "", "", "169.254.20.10"))
+			old, next := demand(t, "", "", "169.254.20.10", "10.96.0.10"), demand(t, "", "", "169.254.20.10")
+			socks := up(t, n, old)
 			end := stuck(t, text)
-			defer end()
-			fw.heard()
+			n.restarting(old, true)
+			must(t, n.start(next))
+			serveOn(t, next.listeners()...)
+			eventually(t, "the reload is complete", n.ready.Load)
+			closeAll(socks)
+			n.replaced(old)
+			wantCarried(t, testLink, "10.96.0.10", "169.254.20.10")
+			if !fw.heeded.unknown {
+				t.Error("the firewall does not know that somebody is silent")
+			}
+			addAddr(t, testLink, "192.0.2.9/32") // the silent one's
 			n.exit()
 			defer removeLink(t, testLink)
-			wantCarried(t, testLink, "169.254.20.10")
-			if rules, _ := fw.stand(); list(rules) != dnsOf("169.254.20.10") {
-				t.Errorf("rules stand for %v", rules)
+			wantCarried(t, testLink, "10.96.0.10", "192.0.2.9")
+			if got := fw.heeded.alone; list(got) != dnsOf("169.254.20.10") {
+				t.Errorf("the firewall is told that it has served alone %v", got)
 			}
+			end()
 		})
 	}
 }

@@ -101,8 +101,8 @@ type node struct {
 	exits     *net.UnixConn   // where other processes tell of theirs
 	syncTick  *time.Ticker
 	syncEvery time.Duration
-	// examinedAt is when the node was last looked at for faults.
-	examinedAt time.Time
+	// examineTick has the node looked at for faults.
+	examineTick *time.Ticker
 }
 
 func newNode() *node {
@@ -119,6 +119,8 @@ func newNode() *node {
 		firewalls: map[string]firewall{},
 		faulty:    map[string]bool{},
 		syncTick:  time.NewTicker(defaultSync),
+
+		examineTick: time.NewTicker(examineEvery),
 	}
 	n.syncTick.Stop()
 	n.exiting, n.beginExit = context.WithCancel(context.Background())
@@ -148,6 +150,7 @@ func (n *node) run() {
 			f()
 		case <-n.syncTick.C:
 			n.repair(false, "the check every "+n.syncEvery.String())
+		case <-n.examineTick.C:
 			n.examineAgain()
 		case <-n.retry:
 			n.settle()
@@ -637,8 +640,7 @@ func (n *node) complete(cfg *config, began time.Time) {
 	n.ready.Store(true)
 	lastSync.SetToCurrentTime()
 	n.describe(target)
-	n.examinedAt = time.Now()
-	go n.examine(n.site(cfg), false)
+	n.examineFirst(cfg)
 	var kinds, fws []string
 	for name, i := range n.netifs {
 		how := "adopted"

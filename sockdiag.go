@@ -69,10 +69,10 @@ func (l *sockets) stranger(name string, user uint32) {
 	}
 }
 
-// look lists the sockets of kind k. The kernel tells their users where it has unix_diag
+// listSockets lists the sockets of kind k. The kernel tells their users where it has unix_diag
 // and is 5.3 or newer. Else who is connected to tells it, and a listener that can't be
 // connected to now passes for one that counts.
-func look(k socketKind) (sockets, error) {
+func listSockets(k socketKind) (sockets, error) {
 	l, unsure := sockets{}, []unixSocket(nil)
 	note := func(s unixSocket) {
 		switch {

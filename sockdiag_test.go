@@ -101,7 +101,7 @@ func TestLookFindsWhoCounts(t *testing.T) {
 		c, err := net.Dial("unix", id(65534))
 		must(t, err)
 		defer c.Close()
-		l, err := look(memberSockets)
+		l, err := listSockets(memberSockets)
 		must(t, err)
 		if len(l.trusted) != 1 || l.trusted[0].name != id(0) || l.more {
 			t.Errorf("found are %v", l.trusted)
@@ -117,7 +117,7 @@ func TestLookBoundsStrangers(t *testing.T) {
 		for i := range 100 {
 			bindAs(t, 65534, unix.SOCK_STREAM, fmt.Sprintf("%s%016x", memberPrefix, i), 1)
 		}
-		l, err := look(memberSockets)
+		l, err := listSockets(memberSockets)
 		must(t, err)
 		if len(l.trusted) > 0 || l.strangers != 100 || len(l.examples) != 3 {
 			t.Errorf("found are %v, strangers %d, such as %q", l.trusted, l.strangers, l.examples)

@@ -77,7 +77,7 @@ func turn(within time.Duration) (end func(), err error) {
 
 // heldLocks returns, in order, which of the lock's names other processes that count listen on.
 func heldLocks(mine int) (held []int, err error) {
-	list, err := look(lockSockets)
+	list, err := listSockets(lockSockets)
 	if err != nil {
 		return nil, err
 	}

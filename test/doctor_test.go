@@ -88,7 +88,7 @@ func TestWarnsOfRulesOfNodeCache(t *testing.T) {
 			}
 			return func() {
 				const remedy = `for t in raw filter; do iptables-save -t $t | sed -n "/NodeLocal DNS Cache/s/^-A/iptables -t $t -D/p"; done | sh`
-				if source := read(n.T, filepath.Join("..", "doctor.go")); !strings.Contains(source, `iptables-save -t $t | sed -n \"/%s/s/^-A/iptables -t $t -D/p\"; done | sh`) {
+				if source := read(n.T, filepath.Join("..", "doctor_firewall.go")); !strings.Contains(source, `iptables-save -t $t | sed -n \"/%s/s/^-A/iptables -t $t -D/p\"; done | sh`) {
 					n.Error("the remedy that is tested is not the one that the warning has")
 				}
 				n.commands(n.Node, remedy+"\n"+strings.ReplaceAll(remedy, "iptables", "ip6tables"))
@@ -128,13 +128,25 @@ func TestWarnsOfAddressElsewhere(t *testing.T) {
 	n.answersEverybody(false, lab.LinkLocal)
 }
 
+// Where the Corefile says that somebody else makes the link, it is theirs as it should be.
+func TestInterfaceOfSomebodyElse(t *testing.T) {
+	n := newNode(t, nftables)
+	n.commands(n.Node, `ip link add theirs type dummy 2>/dev/null || ip tuntap add theirs mode tun
+		ip addr add 169.254.20.10/32 dev theirs`)
+	_, warnings := n.examination(n.block(".:53", "169.254.20.10", "interface none"))
+	if warnings != "" {
+		t.Error(warnings)
+	}
+	n.answersEverybody(false, lab.LinkLocal)
+}
+
 // A firewall in a table of its own drops what our rules can't accept there.
 func TestWarnsOfFirewallThatDrops(t *testing.T) {
 	for _, b := range []backend{iptablesNFT, nftables} {
 		t.Run(b.String(), func(t *testing.T) {
 			n := newNode(t, b)
 			ask := lab.Load{From: n.Pod, Proto: "udp", To: on(lab.ClusterIP), Count: 1, Timeout: time.Second}
-			n.faulty(n.corefile(), "the firewall drops what comes in and no rule of its accepts (chain input of the nftables table host)", func() func() {
+			n.faulty(n.corefile(), "the firewall drops every query (the policy of the chain input of the nftables table inet host)", func() func() {
 				n.commands(n.Node, `nft 'table inet host { chain input { type filter hook input priority 0; policy drop; ct state established,related accept; iif lo accept; meta l4proto icmpv6 accept; tcp dport { 22, 6443 } accept; }; }'`)
 				r, err := ask.Run()
 				n.must(err)
@@ -151,20 +163,26 @@ func TestWarnsOfFirewallThatDrops(t *testing.T) {
 	}
 }
 
-// With the backend nftables there is no ACCEPT in the chains of iptables either; with
-// iptables there is.
+// With the backend nftables there is no ACCEPT in the chains of iptables either, of
+// whichever variant; with iptables there is.
 func TestWarnsOfIptablesThatDrops(t *testing.T) {
-	for _, b := range []backend{iptablesNFT, nftables} {
+	for _, b := range []backend{iptablesNFT, iptablesLegacy, nftables, {lab.Legacy, "nftables"}} {
 		t.Run(b.String(), func(t *testing.T) {
 			n := newNode(t, b)
 			n.commands(n.Node, `iptables -A INPUT -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT
 				iptables -A INPUT -i lo -j ACCEPT
+				iptables -A INPUT ! -s 10.0.1.0/24 -p tcp -m multiport --dports 22,6443:6445 -m comment --comment "to \"the\" -j ACCEPT" -j ACCEPT
+				iptables -A INPUT -s 127.0.0.0/8 -j ACCEPT
 				iptables -P INPUT DROP`)
 			_, warnings := n.examination(n.block(".:53", "10.96.0.10"))
 			r, err := lab.Load{From: n.Pod, Proto: "udp", To: on(lab.ClusterIP), Count: 1, Timeout: time.Second}.Run()
 			n.must(err)
-			warned := strings.Contains(warnings, "chain INPUT of the nftables table filter")
-			if dropped := r.Answered == 0; dropped != (b == nftables) || warned != dropped {
+			words := "the policy of the chain INPUT of the nftables table ip filter"
+			if b.iptables == lab.Legacy {
+				words = "the policy of the chain INPUT of the table filter of iptables-legacy"
+			}
+			warned := strings.Contains(warnings, words)
+			if dropped := r.Answered == 0; dropped != (b.firewall == "nftables") || warned != dropped || !warned && warnings != "" {
 				t.Errorf("dropped: %v, warned: %v: %s", dropped, warned, warnings)
 			}
 		})
@@ -256,6 +274,40 @@ func TestWarnsOfBridgeWithoutNetfilter(t *testing.T) {
 		n.must(n.FlushConntrack())
 		n.run(load, true)
 	})
+}
+
+// Without bridge-nf-call-iptables all is well with bridges that have no DNS pod: those of
+// another program's containers, and all, where what is bound is no Service's address.
+func TestBridgesWithoutDNSPods(t *testing.T) {
+	n := newNode(t, nftables)
+	if _, err := os.Stat("/proc/sys/net/bridge"); err != nil {
+		n.Skip("this kernel has no br_netfilter")
+	}
+	n.commands(n.Node, `ip link add docker0 type bridge
+		ip link add c1 type veth peer name d1
+		ip link add c2 type veth peer name d2
+		ip link set c1 master docker0
+		ip link set c2 master docker0
+		ip addr add 172.17.0.1/16 dev docker0
+		ip -6 addr add fd00:17::1/64 dev docker0 nodad
+		ip link set docker0 up`)
+	n.must(n.Node.Do(func() error {
+		for _, s := range []string{"bridge/bridge-nf-call-iptables", "bridge/bridge-nf-call-ip6tables"} {
+			if err := lab.Sysctl(s, "0"); err != nil {
+				return err
+			}
+		}
+		return nil
+	}))
+	p, warnings := n.examination(n.corefile())
+	if warnings != "" {
+		t.Errorf("with the bridge of containers: %s", warnings)
+	}
+	n.bridged()
+	if warnings := p.again(n.block(".:53", "169.254.20.10 192.168.253.10 fd00:20::10")); warnings != "" {
+		t.Errorf("with addresses of no Service: %s", warnings)
+	}
+	n.has(p.again(n.corefile()), "pods on the bridge br0")
 }
 
 // A strict reverse path filter is no fault: everybody is answered with it, and falls
