@@ -56,23 +56,6 @@ func linkKind(l netlink.Link) (string, error) {
 	return "", fmt.Errorf("a link of this name exists and is of the type %s, not dummy: remove it or name another interface", l.Type())
 }
 
-// checkLink says whether name is free, or already ours to use: what this or another
-// process has (inUse), or what one that was killed has left, which has no foreign address.
-func checkLink(name string, inUse bool) error {
-	l, err := linkByName(name)
-	if err != nil || l == nil {
-		return err
-	}
-	if _, err = linkKind(l); err != nil || inUse {
-		return err
-	}
-	others, err := foreignAddrs(l)
-	if err == nil && len(others) > 0 {
-		err = fmt.Errorf("a link of this name exists and carries %s of somebody else: take that address off it, or name another interface", join(others))
-	}
-	return err
-}
-
 // addressCarriers returns the names of the links that carry each address.
 func addressCarriers() (map[netip.Addr][]string, error) {
 	links, err := dumped(netlink.LinkList)
@@ -316,22 +299,6 @@ func (n *netif) addrs(l netlink.Link) ([]netip.Addr, error) {
 		}
 	}
 	return addrs, nil
-}
-
-// foreignAddrs returns the addresses on the link l that only somebody else can have put
-// there: those with another prefix than ours, less what the kernel gives each link.
-func foreignAddrs(l netlink.Link) (others []netip.Prefix, err error) {
-	list, err := dumped(func() ([]netlink.Addr, error) { return netlink.AddrList(l, netlink.FAMILY_ALL) })
-	if err != nil {
-		return nil, fmt.Errorf("listing the addresses of %s: %w", l.Attrs().Name, err)
-	}
-	for _, x := range list {
-		ip, ok := netip.AddrFromSlice(x.IP)
-		if ones, bits := x.Mask.Size(); ok && ones != bits && !(ip.Is6() && ip.IsLinkLocalUnicast()) {
-			others = append(others, netip.PrefixFrom(ip.Unmap(), ones))
-		}
-	}
-	return others, nil
 }
 
 // unprefer has the node's own programs send to addrs from another address of the

@@ -1,0 +1,41 @@
+package nodecache
+
+import (
+	"fmt"
+	"net/netip"
+
+	"github.com/vishvananda/netlink"
+)
+
+// checkLink says whether name is free, or already ours to use: what this or another
+// process has (inUse), or what one that was killed has left, which has no foreign address.
+func checkLink(name string, inUse bool) error {
+	l, err := linkByName(name)
+	if err != nil || l == nil {
+		return err
+	}
+	if _, err = linkKind(l); err != nil || inUse {
+		return err
+	}
+	others, err := foreignAddrs(l)
+	if err == nil && len(others) > 0 {
+		err = fmt.Errorf("a link of this name exists and carries %s of somebody else: take that address off it, or name another interface", join(others))
+	}
+	return err
+}
+
+// foreignAddrs returns the addresses on the link l that only somebody else can have put
+// there: those with another prefix than ours, less what the kernel gives each link.
+func foreignAddrs(l netlink.Link) (others []netip.Prefix, err error) {
+	list, err := dumped(func() ([]netlink.Addr, error) { return netlink.AddrList(l, netlink.FAMILY_ALL) })
+	if err != nil {
+		return nil, fmt.Errorf("listing the addresses of %s: %w", l.Attrs().Name, err)
+	}
+	for _, x := range list {
+		ip, ok := netip.AddrFromSlice(x.IP)
+		if ones, bits := x.Mask.Size(); ok && ones != bits && !(ip.Is6() && ip.IsLinkLocalUnicast()) {
+			others = append(others, netip.PrefixFrom(ip.Unmap(), ones))
+		}
+	}
+	return others, nil
+}
