@@ -75,6 +75,16 @@ func (m *member) peers(list *sockets) (names []string) {
 			names = append(names, s.name)
 		}
 	}
+	for name := range m.heard {
+		// A list that is made while sockets come and go may lack one.
+		if there[name] {
+			continue
+		}
+		if user, err := userOf(name); err == nil && trusted(user) {
+			there[name] = true
+			names = append(names, name)
+		}
+	}
 	gone := func(name string) bool { return hasID(name, memberPrefix) && !there[name] }
 	maps.DeleteFunc(m.heard, func(name string, _ presence) bool { return gone(name) })
 	maps.DeleteFunc(m.told, func(name, _ string) bool { return gone(name) })
