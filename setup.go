@@ -63,6 +63,9 @@ func setup(c *caddy.Controller) error {
 		return plugin.Error(directiveName, err)
 	}
 	if !ok {
+		if err := checkUpstreams(c.Context()); err != nil {
+			return plugin.Error(directiveName, err)
+		}
 		c.Set(configKey{}, cfg)
 		ctx := c.Context()
 		c.OnStartup(func() error { return wrap(cfg.attachFast(ctx)) })
