@@ -68,6 +68,8 @@ func routesOf(ctx caddy.Context, directives []string) ([]*route, error) {
 	if err != nil {
 		return nil, err
 	}
+	instances := caddy.Instances()
+	path := instances[len(instances)-1].Caddyfile().Path() // the file of what is not imported
 	var all []*route
 	for _, b := range blocks {
 		n := zonesOf(b.Keys)
@@ -85,7 +87,7 @@ func routesOf(ctx caddy.Context, directives []string) ([]*route, error) {
 		}
 		for _, d := range directives {
 			if slices.Contains(forwarders, d) {
-				r.stanzas = append(r.stanzas, stanzasOf(d, b.Tokens[d])...)
+				r.stanzas = append(r.stanzas, stanzasOf(path, d, b.Tokens[d])...)
 			}
 		}
 		r.name = strings.Join(b.Keys, " ")
@@ -132,8 +134,8 @@ func renames(tokens []caddyfile.Token) bool {
 
 // stanzasOf reads what a forwarder has been given. What it can't read the plugin will
 // complain of itself.
-func stanzasOf(name string, tokens []caddyfile.Token) (all []stanza) {
-	d := caddyfile.NewDispenserTokens("", tokens)
+func stanzasOf(path, name string, tokens []caddyfile.Token) (all []stanza) {
+	d := caddyfile.NewDispenserTokens(path, tokens)
 	for d.Next() {
 		s := stanza{plugin: name, at: d.File() + ":" + strconv.Itoa(d.Line())}
 		args := d.RemainingArgs()
