@@ -26,10 +26,10 @@ const resolverAt = "10.0.2.2:5399"
 // resolver starts one beside the cluster's DNS, which asks the node's cache.
 func (n *node) resolver() *resolver {
 	n.Helper()
-	_, err := n.DNS.Run("ip", "route", "add", lab.ClusterIP.String(), "via", "10.0.2.1")
+	_, err := n.DNS.Run("ip", "route", "add", lab.LinkLocal.String(), "via", "10.0.2.1")
 	n.must(err)
 	r := &resolver{ns: n.DNS}
-	r.asks(lab.ClusterIP.String() + ":53")
+	r.asks(linkLocal53)
 	n.must(n.DNS.Do(func() error {
 		packets, err := net.ListenPacket("udp", resolverAt)
 		if err != nil {
@@ -122,7 +122,7 @@ func TestLoopAtRunTime(t *testing.T) {
 			if c.property != "" {
 				properties = append(properties, c.property)
 			}
-			forward := "forward . " + c.upstream + " {\nexpire 100ms\nmax_fails 0\n" + c.forward + "\n}"
+			forward := "forward . " + c.upstream + " {\nexpire 1ms\nmax_fails 0\n" + c.forward + "\n}"
 			corefile := n.block(".:53", allAddrs) + "loop.test:53 {\nbind " + allAddrs + "\nprometheus 127.0.0.1:9253\nerrors\n" + c.other + "\nnodecache {\n" + strings.Join(properties, "\n") + "\n}\n" + forward + "\n}\n"
 			line := fmt.Sprintf("Corefile:%d: ", strings.Count(strings.Split(corefile, forward)[0], "\n")+1)
 
@@ -169,7 +169,7 @@ func TestLoopAtRunTime(t *testing.T) {
 			if g := n.metrics("127.0.0.1:9253")["go_goroutines"]; g > 500 {
 				n.Errorf("%v goroutines", g)
 			}
-			n.answersEverybody(false, addrs...)
+			n.answersEverybody(false, lab.LinkLocal, lab.Local6)
 
 			if r != nil {
 				r.asks("10.0.2.2:53")
