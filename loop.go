@@ -25,8 +25,8 @@ var mostUnderWay int64 = 8192
 const (
 	// guardName is not that of the directive, under which CoreDNS keeps the handler.
 	guardName = "nodecache-guard"
-	// A query of our own may come back to a block that asks another block, but only so often
-	// for each query that is under way there: forward asks again when it gets no answer.
+	// A block may get queries from others of the Corefile, but only so many for each query that
+	// is under way there: forward asks again when it gets no answer.
 	triesEach = 4
 	// manyLocal is how many queries of the node's own programs may be under way before each
 	// is looked at, whatever its question.
@@ -64,10 +64,9 @@ type nameType struct {
 // sees only what the cache does not know. It refuses queries that this very block has sent
 // and that have come back, and what is too much to be under way at once.
 type guard struct {
-	at      string // of the block's first forwarder, "file:line"
-	loop    bool   // the block has the plugin loop, which would end the process
-	chained bool   // another block of this Corefile asks this one
-	group   *guards
+	at    string // of the block's first forwarder, "file:line"
+	loop  bool   // the block has the plugin loop, which would end the process
+	group *guards
 
 	underWay atomic.Int64
 	mu       sync.Mutex
@@ -195,11 +194,9 @@ func (g *guard) enter(q nameType, from source) (v visit, why string) {
 	return v, ""
 }
 
-// others returns how many queries this block may have been sent by others of the Corefile.
+// others returns how many queries are under way in the other blocks of the Corefile, which may
+// ask this one.
 func (g *guard) others() (n int) {
-	if !g.chained {
-		return 0
-	}
 	for _, o := range g.group.all {
 		if o != g {
 			n += int(o.underWay.Load())
@@ -276,14 +273,13 @@ func checkUpstreams(ctx caddy.Context) error {
 // their turn. The plugin loop can end the process from any of them.
 func guardUpstreams(ctx caddy.Context, rs routing) {
 	group := &guards{underWay: &allUnderWay}
-	chained := rs.chained()
 	pendingGuards.ctx, pendingGuards.routes, pendingGuards.guards = ctx, nil, nil
 	for _, r := range rs.all {
 		if len(r.stanzas) == 0 && !r.loop {
 			continue
 		}
 		g := &guard{
-			at: r.name, loop: r.loop, chained: chained[r], group: group,
+			at: r.name, loop: r.loop, group: group,
 			asked: map[nameType]int{}, askedBy: map[asker]int{}, said: map[string]time.Time{}, unsaid: map[string]int{},
 		}
 		if len(r.stanzas) > 0 {

@@ -23,10 +23,10 @@ type askedFrom struct {
 
 func (w *askedFrom) RemoteAddr() net.Addr { return w.addr }
 
-func newGuards(chained bool, count int) []*guard {
+func newGuards(count int) []*guard {
 	group := &guards{underWay: new(atomic.Int64)}
 	for range count {
-		g := &guard{at: "Corefile:1", chained: chained, group: group, asked: map[nameType]int{}, askedBy: map[asker]int{},
+		g := &guard{at: "Corefile:1", group: group, asked: map[nameType]int{}, askedBy: map[asker]int{},
 			said: map[string]time.Time{}, unsaid: map[string]int{}}
 		group.all = append(group.all, g)
 	}
@@ -100,7 +100,7 @@ func ownSocket(t *testing.T) string {
 }
 
 func TestGuardForgetsWhatPanics(t *testing.T) {
-	gs := newGuards(false, 1)
+	gs := newGuards(1)
 	h := guarded{gs[0], plugin.HandlerFunc(func(context.Context, dns.ResponseWriter, *dns.Msg) (int, error) { panic("an upstream") })}
 	for range 3 {
 		func() {
@@ -114,7 +114,7 @@ func TestGuardForgetsWhatPanics(t *testing.T) {
 func TestGuardBoundsWhatIsUnderWay(t *testing.T) {
 	defer func(n int64) { mostUnderWay = n }(mostUnderWay)
 	mostUnderWay = 6
-	gs, s := newGuards(false, 2), newSlowUpstream()
+	gs, s := newGuards(2), newSlowUpstream()
 	one, other := guarded{gs[0], s}, guarded{gs[1], s}
 	var wg sync.WaitGroup
 	for i := range 3 {
@@ -133,7 +133,7 @@ func TestGuardBoundsWhatIsUnderWay(t *testing.T) {
 
 // What comes back from a socket of this process is refused, and nobody else's.
 func TestGuardRefusesWhatThisProcessSends(t *testing.T) {
-	gs, s := newGuards(false, 2), newSlowUpstream()
+	gs, s := newGuards(2), newSlowUpstream()
 	h := guarded{gs[0], s}
 	var wg sync.WaitGroup
 	hang(t, &wg, h, s, "192.0.2.1:1000", "a.test.")
@@ -147,7 +147,7 @@ func TestGuardRefusesWhatThisProcessSends(t *testing.T) {
 
 // Names that change on the way are no way out.
 func TestGuardRefusesGrowingNames(t *testing.T) {
-	gs, s := newGuards(false, 1), newSlowUpstream()
+	gs, s := newGuards(1), newSlowUpstream()
 	h := guarded{gs[0], s}
 	var wg sync.WaitGroup
 	from := ownSocket(t)
@@ -161,9 +161,9 @@ func TestGuardRefusesGrowingNames(t *testing.T) {
 	wantNothingUnderWay(t, gs)
 }
 
-// A block that another block asks gets what that one sends, and asks again, but no more.
-func TestGuardOfAChainedBlock(t *testing.T) {
-	gs, s := newGuards(true, 2), newSlowUpstream()
+// A block that another block asks gets what that one sends and sends again, but no more.
+func TestGuardLetsBlocksAskOneAnother(t *testing.T) {
+	gs, s := newGuards(2), newSlowUpstream()
 	first, second := guarded{gs[0], s}, guarded{gs[1], s}
 	var wg sync.WaitGroup
 	hang(t, &wg, first, s, "192.0.2.1:1000", "a.test.")
@@ -179,7 +179,7 @@ func TestGuardOfAChainedBlock(t *testing.T) {
 // When one address asks the same again and again a probe is sent, and once that has come
 // back from an address, what comes from there and is under way is refused, for a while.
 func TestGuardProbes(t *testing.T) {
-	gs, s := newGuards(false, 1), newSlowUpstream()
+	gs, s := newGuards(1), newSlowUpstream()
 	g := gs[0]
 	h := guarded{g, s}
 	var wg sync.WaitGroup
@@ -230,7 +230,7 @@ func TestGuardAnswersThePluginLoop(t *testing.T) {
 	if fromLoopPlugin(nameType{"3234567890123456789.1234567890123456789.", dns.TypeA}) {
 		t.Error("so is one for an address")
 	}
-	gs, s := newGuards(false, 1), newSlowUpstream()
+	gs, s := newGuards(1), newSlowUpstream()
 	gs[0].loop = true
 	for range 5 {
 		wantCode(t, "a query of the plugin loop", query(guarded{gs[0], s}, "127.0.0.1:1", "3234567890123456789.1234567890123456789.", dns.TypeHINFO), dns.RcodeRefused)
@@ -263,7 +263,7 @@ func FuzzProbeName(f *testing.F) {
 func BenchmarkGuard(b *testing.B) {
 	for _, from := range []string{"192.0.2.1:1000", "127.0.0.1:1000"} {
 		b.Run(from, func(b *testing.B) {
-			h := guarded{newGuards(false, 1)[0], test.NextHandler(dns.RcodeSuccess, nil)}
+			h := guarded{newGuards(1)[0], test.NextHandler(dns.RcodeSuccess, nil)}
 			addr, _ := net.ResolveUDPAddr("udp", from)
 			w, m := &askedFrom{addr: addr}, new(dns.Msg).SetQuestion("www.example.org.", dns.TypeA)
 			b.ReportAllocs()

@@ -351,35 +351,7 @@ func cycle(path []hop) error {
 		h.stanza.plugin, h.to, h.from.name, way.String())
 }
 
-// chained returns the server blocks to which another one of the Corefile sends queries.
-func (rs routing) chained() map[*route]bool {
-	found := map[*route]bool{}
-	for _, r := range rs.all {
-		for _, s := range r.stanzas {
-			for _, t := range s.to {
-				for _, other := range rs.all {
-					if other != r && rs.listens(other, t) {
-						found[other] = true
-					}
-				}
-			}
-		}
-	}
-	return found
-}
-
-func (rs routing) listens(r *route, t target) bool {
-	if !slices.ContainsFunc(r.configs, func(c *dnsserver.Config) bool {
-		return c.Transport == t.transport && c.Port == strconv.Itoa(int(t.at.Port()))
-	}) {
-		return false
-	}
-	return slices.ContainsFunc(r.hosts, func(h netip.Addr) bool {
-		return h == t.at.Addr() || h.IsUnspecified() && rs.local(t.at.Addr())
-	})
-}
-
-// newRouting are the Corefile's server blocks on this machine, with the addresses that they
+// newRouting is the Corefile's server blocks on this machine, with the addresses that they
 // bring to it.
 func newRouting(all []*route) routing {
 	brought := map[netip.Addr]bool{}
