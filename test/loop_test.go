@@ -142,9 +142,9 @@ func TestLoopAtRunTime(t *testing.T) {
 				n.must(p.WaitLog(0, line+"an upstream leads back to this cache")) // without a query
 			}
 			if strings.HasSuffix(c.name, "busy") {
-				slow := n.start(lab.Load{From: n.Pod, Proto: "udp", To: on(lab.LinkLocal), Names: lab.Slow, Workers: 50})
+				slow := n.start(lab.Load{From: n.Pod, Proto: "udp", To: on(lab.LinkLocal), Names: lab.Slow, Workers: 50, Count: endless})
 				n.sent(slow, 50)
-				defer n.stop(slow)
+				defer slow[0].Stop()
 			}
 			proto := "udp"
 			if strings.Contains(c.name, "tcp") {
