@@ -114,6 +114,9 @@ func (h guarded) ServeDNS(ctx context.Context, w dns.ResponseWriter, r *dns.Msg)
 		return dns.RcodeRefused, nil
 	}
 	v, why := h.enter(q, from)
+	if why == "" {
+		defer h.leave(v)
+	}
 	if v.suspicious {
 		h.probe(ctx, h.next, w, q)
 	}
@@ -121,7 +124,6 @@ func (h guarded) ServeDNS(ctx context.Context, w dns.ResponseWriter, r *dns.Msg)
 		h.refuse(why, q, from)
 		return dns.RcodeRefused, nil
 	}
-	defer h.leave(v)
 	return plugin.NextOrFailure(h.Name(), h.next, ctx, w, r)
 }
 

@@ -132,10 +132,7 @@ func TestLoopAtRunTime(t *testing.T) {
 			if c.upstream == resolverAt {
 				r = n.resolver()
 			} else {
-				for _, proto := range []string{"udp", "tcp"} {
-					_, err := n.Node.Run("iptables", "-t", "nat", "-I", "OUTPUT", "-d", natted, "-p", proto, "--dport", "53", "-j", "DNAT", "--to-destination", linkLocal53)
-					n.must(err)
-				}
+				n.translate(natted)
 			}
 			p := n.serve(corefile)
 			if c.other == "loop" {
@@ -196,13 +193,39 @@ func TestLoopAtRunTime(t *testing.T) {
 	}
 }
 
+// Two blocks of a Corefile ask one another, of which it shows one half only.
+func TestLoopThroughAnotherBlock(t *testing.T) {
+	n := newNode(t, backend{lab.NFT, "none"})
+	n.translate("192.0.2.53")
+	p := n.serve(n.block(".:53", allAddrs) + "loop.test:53 {\nbind " + allAddrs + "\nprometheus 127.0.0.1:9253\nnodecache {\nfirewall none\n}\n" +
+		"forward . 127.0.0.1:5301 {\nexpire 1ms\nmax_fails 0\n}\n}\n" +
+		".:5301 {\nbind 127.0.0.1\nforward . 192.0.2.53 {\nexpire 1ms\nmax_fails 0\n}\n}\n")
+	n.burst("udp", 1, "first")
+	const count = 200
+	before := n.cameTo("127.0.0.1:9253")
+	n.burst("udp", count, "more")
+	if came := n.cameTo("127.0.0.1:9253") - before; came > 12*count {
+		n.Errorf("%d queries into a loop made %v", count, came)
+	} else {
+		n.Logf("%d queries into a loop made %v", count, came)
+	}
+	n.answersEverybody(false, lab.LinkLocal, lab.Local6)
+	p.exit(syscall.SIGTERM)
+}
+
+// translate has what is sent to an address come to the cache.
+func (n *node) translate(addr string) {
+	n.Helper()
+	for _, proto := range []string{"udp", "tcp"} {
+		_, err := n.Node.Run("iptables", "-t", "nat", "-I", "OUTPUT", "-d", addr, "-p", proto, "--dport", "53", "-j", "DNAT", "--to-destination", linkLocal53)
+		n.must(err)
+	}
+}
+
 // Two processes share an address, so that what one sends comes back to either.
 func TestLoopThroughATwin(t *testing.T) {
 	n := newNode(t, backend{lab.NFT, "none"})
-	for _, proto := range []string{"udp", "tcp"} {
-		_, err := n.Node.Run("iptables", "-t", "nat", "-I", "OUTPUT", "-d", "192.0.2.53", "-p", proto, "--dport", "53", "-j", "DNAT", "--to-destination", linkLocal53)
-		n.must(err)
-	}
+	n.translate("192.0.2.53")
 	corefile := func(port int) string {
 		return n.block(".:53", allAddrs) + fmt.Sprintf("loop.test:53 {\nbind %s\nprometheus 127.0.0.1:%d\nnodecache {\nfirewall none\n}\nforward . 192.0.2.53 {\nexpire 1ms\nmax_fails 0\n}\n}\n", allAddrs, port)
 	}
