@@ -242,3 +242,14 @@ func TestLoopThroughATwin(t *testing.T) {
 	p.exit(syscall.SIGTERM)
 	twin.exit(syscall.SIGTERM)
 }
+
+// The plugin loop ends no process either from a server block without nodecache.
+func TestPluginLoopElsewhere(t *testing.T) {
+	n := newNode(t, backend{lab.NFT, "none"})
+	n.translate("192.0.2.53")
+	p := n.serve(n.block(".:53", allAddrs) + "loop.test:53 {\nbind 169.254.20.10\nloop\nforward . 192.0.2.53\n}\n")
+	n.must(p.WaitLog(0, "an upstream leads back to this cache"))
+	n.burst("udp", 20, "more")
+	n.answersEverybody(false, lab.LinkLocal, lab.Local6)
+	p.exit(syscall.SIGTERM)
+}

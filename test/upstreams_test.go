@@ -63,6 +63,7 @@ func looping(n *node) []struct {
 		{"three-blocks", one(".:53", v4, "forward . 127.0.0.1:5301") +
 			".:5301 {\nbind 127.0.0.1\nforward . 127.0.0.1:5302\n}\n" +
 			"lab.:5302 {\nbind 127.0.0.1\nforward . 169.254.20.10\n}\n", []string{":4", "127.0.0.1:5302", "Corefile:8", "Corefile:12"}},
+		{"reverse-zones", "10.0.0.0/22:53 {\nbind 127.0.0.1\nforward . 10.0.2.2\n}\n" + one("10.0.4.0/22:53 x.test:53", v4, "forward . 169.254.20.10"), []string{":8", "169.254.20.10"}},
 		{"from", one(".:53", v4, "forward lab 169.254.20.10", "forward . 10.0.2.2"), []string{":4"}},
 		{"except", one(".:53", v4, "forward . 169.254.20.10 {", "except lab", "}"), []string{":4"}},
 		{"fallthrough", one(".:53", v4, "forward . 10.0.2.2 {", "next NXDOMAIN", "}", "forward . 169.254.20.10"), []string{":7"}},
