@@ -206,7 +206,10 @@ func withoutZone(s string) string {
 	}
 	end := strings.IndexByte(zone, ']')
 	if end < 0 {
-		end = max(strings.LastIndexByte(zone, ':'), 0)
+		end = strings.LastIndexByte(zone, ':')
+	}
+	if end < 0 {
+		return before
 	}
 	return before + zone[end:]
 }
