@@ -28,9 +28,9 @@ func recentName(a netip.Addr) string { return recentPrefix + a.String() }
 // with the first rule that names the list and removes it with the last.
 func recentPath(a netip.Addr) string { return recentDir + "/" + recentName(a) }
 
-// refused tells whether the list of a rule that stands can't be written, for a reason that
+// notWritable tells whether the list of a rule that stands can't be written, for a reason that
 // lasts. Too many open files, or a rule that somebody has just removed, say nothing of it.
-func refused(list string) bool {
+func notWritable(list string) bool {
 	f, err := os.OpenFile(list, os.O_WRONLY, 0)
 	if err == nil {
 		f.Close()

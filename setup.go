@@ -64,6 +64,9 @@ func setup(c *caddy.Controller) error {
 		return plugin.Error(directiveName, err)
 	}
 	if !ok {
+		if err := checkUpstreams(c.Context()); err != nil {
+			return plugin.Error(directiveName, err)
+		}
 		c.Set(configKey{}, cfg)
 		late, err := newLatecomers(c, cfg)
 		if err != nil {

@@ -1,0 +1,318 @@
+package nodecache
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/coredns/caddy"
+	"github.com/coredns/coredns/core/dnsserver"
+	"github.com/coredns/coredns/plugin"
+	"github.com/miekg/dns"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promauto"
+)
+
+// limitUnderWay is how many queries may wait for upstreams at once.
+var limitUnderWay = int64(underWayLimit())
+
+const (
+	// guardName is not that of the directive, under which CoreDNS keeps the handler.
+	guardName = "nodecache-guard"
+	// A block may get queries from others of the Corefile, but only so many for each query that
+	// is under way there: forward asks again when it gets no answer.
+	triesEach = 4
+	// manyLocal is how many queries of the node's own programs may be under way before each
+	// is looked at, whatever its question.
+	manyLocal = 16
+	// sayEvery is how often a block says that it refuses queries.
+	sayEvery = time.Minute
+)
+
+// Why a query is refused.
+const (
+	refusedLoop  = "loop"
+	refusedLimit = "limit"
+)
+
+var refused = promauto.NewCounterVec(prometheus.CounterOpts{
+	Namespace: plugin.Namespace,
+	Subsystem: directiveName,
+	Name:      "refused_total",
+	Help:      "Counter of queries that were refused because an upstream had sent them back, or because too many were under way.",
+}, []string{"reason"})
+
+func init() {
+	for _, why := range []string{refusedLoop, refusedLimit} {
+		refused.WithLabelValues(why)
+	}
+}
+
+// nameType is what is asked, with the name in lower case.
+type nameType struct {
+	name  string
+	qtype uint16
+}
+
+// A guard stands in front of the plugins of a server block that ask upstreams, where it
+// sees only what the cache does not know. It refuses queries that this very block has sent
+// and that have come back, and what is too much to be under way at once.
+type guard struct {
+	at    string // of the block's first forwarder, "file:line"
+	loop  bool   // the block has the plugin loop, which would end the process
+	group *guards
+
+	underWay atomic.Int64
+	mu       sync.Mutex
+	asked    map[nameType]int // under way
+	askedBy  map[asker]int    // the same, by who asks
+	local    int              // of the node's own programs, this one among them
+	self     int              // known to be of this process
+	probing  prober
+	said     map[string]time.Time // by why
+	unsaid   map[string]int
+}
+
+// asker is a question and the address that it has come from.
+type asker struct {
+	nameType
+	from netip.Addr
+}
+
+// guards are those of one Corefile.
+type guards struct {
+	all      []*guard
+	underWay *atomic.Int64 // of the process: a reload begins while the old instance still has queries
+}
+
+var allUnderWay atomic.Int64
+
+// A guarded is a guard in one of the chains of plugins that CoreDNS makes of a block.
+type guarded struct {
+	*guard
+	next plugin.Handler
+}
+
+// Name implements plugin.Handler.
+func (guarded) Name() string { return guardName }
+
+// ServeDNS implements plugin.Handler.
+func (h guarded) ServeDNS(ctx context.Context, w dns.ResponseWriter, r *dns.Msg) (int, error) {
+	q := nameType{strings.ToLower(r.Question[0].Name), r.Question[0].Qtype}
+	from := sourceOf(w.RemoteAddr())
+	if h.loop && fromLoopPlugin(q) {
+		h.probe(ctx, h.next, w, q)
+		return dns.RcodeRefused, nil
+	}
+	if h.cameBack(q, from) {
+		return dns.RcodeRefused, nil
+	}
+	v, why := h.enter(q, from)
+	if why == "" {
+		defer h.leave(v)
+	}
+	if v.suspicious {
+		h.probe(ctx, h.next, w, q)
+	}
+	if why != "" {
+		h.refuse(why, q, from)
+		return dns.RcodeRefused, nil
+	}
+	return plugin.NextOrFailure(h.Name(), h.next, ctx, w, r)
+}
+
+// fromLoopPlugin tells whether a query has the form of those that the plugin loop sends
+// when it starts, and counts: HINFO for two random numbers under the block's zone. When the
+// third one comes it ends the process, so it gets none. The guard's own probe takes their
+// place, at the start as well.
+func fromLoopPlugin(q nameType) bool {
+	if q.qtype != dns.TypeHINFO {
+		return false
+	}
+	labels := strings.SplitN(q.name, ".", 3)
+	random := func(label string) bool {
+		// Shorter ones are as good as never drawn, and reverse zones have them.
+		return len(label) >= 8 && strings.Trim(label, "0123456789") == ""
+	}
+	return len(labels) == 3 && random(labels[0]) && random(labels[1])
+}
+
+// A visit is a query under way.
+type visit struct {
+	asker
+	local, self bool
+	suspicious  bool // it may be in a loop through another server
+}
+
+// enter counts a query, or says why it is refused.
+func (g *guard) enter(q nameType, from source) (v visit, why string) {
+	g.underWay.Add(1)
+	g.group.underWay.Add(1)
+	defer func() {
+		if why != "" {
+			g.underWay.Add(-1)
+			g.group.underWay.Add(-1)
+		}
+	}()
+	// A block gets half of it, so that it does not stop the others.
+	if g.group.underWay.Load() > limitUnderWay || len(g.group.all) > 1 && g.underWay.Load() > limitUnderWay/2 {
+		return v, refusedLimit
+	}
+	v = visit{asker: asker{q, from.at.Addr()}, local: locals.has(from.at.Addr())}
+	g.mu.Lock()
+	same, crowded := g.asked[q] > 0, g.local >= manyLocal
+	v.suspicious = same && g.probing.known(v.from)
+	g.mu.Unlock()
+	if v.suspicious {
+		return v, refusedLoop
+	}
+	if v.local && (same || crowded) {
+		v.self = ownSources.has(from, time.Now())
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if v.self {
+		allowed := triesEach * g.others()
+		if !same {
+			allowed += manyLocal // its name may have been changed on the way, or it is a program's own
+		}
+		if g.self >= allowed {
+			return v, refusedLoop
+		}
+		g.self++
+	}
+	if v.local {
+		g.local++
+	}
+	g.asked[q]++
+	g.askedBy[v.asker]++
+	v.suspicious = g.askedBy[v.asker] >= suspicious
+	return v, ""
+}
+
+// others returns how many queries are under way in the other blocks of the Corefile, which may
+// ask this one.
+func (g *guard) others() (n int) {
+	for _, o := range g.group.all {
+		if o != g {
+			n += int(o.underWay.Load())
+		}
+	}
+	return n
+}
+
+// leave is called when a query that has entered is answered.
+func (g *guard) leave(v visit) {
+	g.underWay.Add(-1)
+	g.group.underWay.Add(-1)
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.asked[v.nameType]--; g.asked[v.nameType] == 0 {
+		delete(g.asked, v.nameType)
+	}
+	if g.askedBy[v.asker]--; g.askedBy[v.asker] == 0 {
+		delete(g.askedBy, v.asker)
+	}
+	if v.local {
+		g.local--
+	}
+	if v.self {
+		g.self--
+	}
+}
+
+// refuse counts what is refused, and says so from time to time.
+func (g *guard) refuse(why string, q nameType, from source) {
+	refused.WithLabelValues(why).Inc()
+	g.mu.Lock()
+	n := g.unsaid[why] + 1
+	if time.Since(g.said[why]) < sayEvery {
+		g.unsaid[why] = n
+		g.mu.Unlock()
+		return
+	}
+	g.said[why], g.unsaid[why] = time.Now(), 0
+	g.mu.Unlock()
+	what := fmt.Sprintf("%q %s from %s", q.name, dns.Type(q.qtype), from.at.Addr())
+	switch why {
+	case refusedLoop:
+		log.Errorf("%s: an upstream leads back to this cache: queries that this server block has sent come back to it, and are refused (%s, and %d others since it was last said); name an upstream that does not ask this cache", g.at, what, n-1)
+	case refusedLimit:
+		log.Errorf("%s: too many queries wait for upstreams, and more are refused (%s, and %d others since it was last said): the upstreams answer too slowly or not at all", g.at, what, n-1)
+	}
+}
+
+// pendingGuards are those of the Corefile that is being set up.
+var pendingGuards struct {
+	ctx    caddy.Context
+	routes []*route
+	guards []*guard
+}
+
+// checkUpstreams refuses a Corefile by which a query would feed itself, and has the guards
+// put in, for what no Corefile shows. The binds of all server blocks have been read.
+func checkUpstreams(ctx caddy.Context) error {
+	all, err := routesOf(ctx, dnsserver.Directives)
+	if err != nil {
+		log.Warningf("this build has a CoreDNS that nodecache does not know, so loops are not looked for: %v", err)
+		return nil
+	}
+	rs := newRouting(all)
+	if err := rs.check(); err != nil {
+		return err
+	}
+	guardUpstreams(ctx, rs)
+	return nil
+}
+
+// guardUpstreams has the guards put into all server blocks that ask upstreams, once it is
+// their turn. The plugin loop can end the process from any of them.
+func guardUpstreams(ctx caddy.Context, rs routing) {
+	group := &guards{underWay: &allUnderWay}
+	pendingGuards.ctx, pendingGuards.routes, pendingGuards.guards = ctx, nil, nil
+	for _, r := range rs.all {
+		if len(r.stanzas) == 0 && !r.loop {
+			continue
+		}
+		g := &guard{
+			at: r.name, loop: r.loop, group: group,
+			asked: map[nameType]int{}, askedBy: map[asker]int{}, said: map[string]time.Time{}, unsaid: map[string]int{},
+		}
+		if len(r.stanzas) > 0 {
+			g.at = r.stanzas[0].at
+		}
+		group.all = append(group.all, g)
+		pendingGuards.routes = append(pendingGuards.routes, r)
+	}
+	pendingGuards.guards = group.all
+	registerGuards(dnsserver.Directives)
+}
+
+// guardsAfter are the directives after which caddy calls us.
+var guardsAfter = map[string]bool{}
+
+// registerGuards has caddy call us when all plugins before loop and the forwarders have been
+// set up: their handlers run in that order.
+func registerGuards(directives []string) {
+	first := slices.IndexFunc(directives, func(d string) bool { return d == "loop" || slices.Contains(forwarders, d) })
+	if first < 1 || guardsAfter[directives[first-1]] {
+		return
+	}
+	guardsAfter[directives[first-1]] = true
+	caddy.RegisterParsingCallback("dns", directives[first-1], func(ctx caddy.Context) error {
+		if ctx != pendingGuards.ctx {
+			return nil // a Corefile without nodecache
+		}
+		for i, r := range pendingGuards.routes {
+			g := pendingGuards.guards[i]
+			r.configs[0].AddPlugin(func(next plugin.Handler) plugin.Handler { return guarded{g, next} })
+		}
+		pendingGuards.ctx, pendingGuards.routes, pendingGuards.guards = nil, nil, nil
+		return nil
+	})
+}
