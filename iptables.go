@@ -157,7 +157,7 @@ func (x *xtables) ensure(ctx context.Context, own []endpoint, o standing) (missi
 	if err != nil {
 		return 0, err
 	}
-	if len(own) > 0 && !x.noRecent && refused(recentPath(own[0].addr)) {
+	if len(own) > 0 && !x.noRecent && notWritable(recentPath(own[0].addr)) {
 		x.noRecent, x.noList = true, true
 		log.Warningf("%s can't be written: when this process dies, the node's own programs will not fall back to the cluster", recentPath(own[0].addr))
 		if have, err = x.look(ctx, "raw", "filter"); err == nil {
