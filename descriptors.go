@@ -26,6 +26,8 @@ const (
 
 	// fewDescriptors is where the log says what could be done about it.
 	fewDescriptors = 4096
+	// manyDescriptors are more than clients can open in a quarter of a second.
+	manyDescriptors = 1 << 15
 )
 
 // descriptorLimit returns how many file descriptors this process may have. Go's runtime

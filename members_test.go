@@ -241,13 +241,13 @@ func TestMemberShowsItselfAgainWhileItsSocketIsOpenElsewhere(t *testing.T) {
 
 func TestTurnsDoNotOverlap(t *testing.T) {
 	needRoot(t)
-	end, err := turn(turnLimit)
+	end, err := turn(t.Context(), turnLimit)
 	must(t, err)
 	second := make(chan func(), 1)
 	asked := make(chan bool)
 	go func() {
 		close(asked)
-		end, err := turn(turnLimit)
+		end, err := turn(t.Context(), turnLimit)
 		if err != nil {
 			t.Error(err)
 		}
@@ -265,7 +265,7 @@ func TestTurnsDoNotOverlap(t *testing.T) {
 	}
 	end()
 	(<-second)()
-	end, err = turn(turnLimit)
+	end, err = turn(t.Context(), turnLimit)
 	must(t, err)
 	end()
 }

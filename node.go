@@ -210,13 +210,15 @@ func (n *node) links() (names []string) {
 // inTurn runs f while no other process changes the node, knowing what they want. An exit
 // waits for a turn as long as its politeness lasts, and then goes on without.
 func (n *node) inTurn(f func() error) error {
-	within, answers := turnLimit, askLimit
+	ctx, within, answers := n.exiting, turnLimit, askLimit
 	if n.exited {
-		within, answers = n.patience, askLimitAtExit
+		ctx, within, answers = context.Background(), n.patience, askLimitAtExit
 	}
 	began := time.Now()
-	end, err := turn(within)
-	n.patience -= min(time.Since(began), n.patience)
+	end, err := turn(ctx, within)
+	if n.exited {
+		n.patience -= min(time.Since(began), n.patience)
+	}
 	if err != nil {
 		return err
 	}
@@ -976,6 +978,9 @@ func (n *node) repair(links bool, why string) {
 			}
 			return err
 		})
+	}
+	if n.exiting.Err() != nil {
+		return // which has cut it short
 	}
 	if err != nil {
 		log.Errorf("repairing: %v", count(err))

@@ -13,8 +13,10 @@ import (
 )
 
 const (
-	// clientsEvery is how often the number of descriptors is looked at.
-	clientsEvery = 25 * time.Millisecond
+	// clientsEvery is how often the number of descriptors is looked at where there are
+	// few, and clientsSeldom where a burst of that time fits easily.
+	clientsEvery  = 25 * time.Millisecond
+	clientsSeldom = 10 * clientsEvery
 	// clientsAgain is how often at least the connections are counted where many
 	// descriptors are open.
 	clientsAgain = time.Second
@@ -41,11 +43,15 @@ func (g *tcpClients) start() {
 	g.once.Do(func() {
 		g.limit = tcpLimit()
 		warnOfFewDescriptors()
+		every := clientsEvery
+		if descriptorLimit() > manyDescriptors {
+			every = clientsSeldom
+		}
 		go func() {
 			for {
 				began := time.Now()
 				g.look()
-				time.Sleep(max(clientsEvery, 3*time.Since(began))) // a quarter of a CPU at most
+				time.Sleep(max(every, 3*time.Since(began))) // a quarter of a CPU at most
 			}
 		}()
 	})

@@ -1,6 +1,7 @@
 package nodecache
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net"
@@ -36,7 +37,7 @@ var lockSockets = socketKind{unix.SOCK_STREAM, unix.BPF_TCP_LISTEN, func(name st
 // back and waits, and the one with the first name keeps it and waits only for who had a
 // turn before: so there is always one whose turn comes. As long as somebody is seen, nobody
 // else begins to listen. What strangers hold is passed over, and not even connected to.
-func turn(within time.Duration) (end func(), err error) {
+func turn(ctx context.Context, within time.Duration) (end func(), err error) {
 	deadline := time.Now().Add(within)
 	mine := -1 // the name that l listens on
 	var l net.Listener
@@ -71,7 +72,12 @@ func turn(within time.Duration) (end func(), err error) {
 			log.Warningf("another nodecache process has been changing the node for %s; going on without waiting for it", within)
 			return end, nil
 		}
-		time.Sleep(wait)
+		select {
+		case <-ctx.Done():
+			end()
+			return nil, fmt.Errorf("waiting for other processes that change the node: %w", ctx.Err())
+		case <-time.After(wait):
+		}
 	}
 }
 

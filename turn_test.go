@@ -30,7 +30,7 @@ func TestOtherUsersDoNotHoldTheTurn(t *testing.T) {
 			eitherWay(t, func(t *testing.T) {
 				hold(t)
 				// Far longer than a test may take.
-				end, err := turn(time.Hour)
+				end, err := turn(t.Context(), time.Hour)
 				must(t, err)
 				held, err := heldLocks(-1)
 				must(t, err)
@@ -48,7 +48,7 @@ func TestTurnIsWaitedFor(t *testing.T) {
 	for _, name := range []string{lockNames[0], lockNames[3]} {
 		eitherWay(t, func(t *testing.T) {
 			fd := bindAs(t, 0, unix.SOCK_STREAM, name, 4096)
-			end, err := turn(50 * time.Millisecond)
+			end, err := turn(t.Context(), 50 * time.Millisecond)
 			must(t, err)
 			if held, err := heldLocks(-1); err != nil || len(held) != 1 || lockNames[held[0]] != name {
 				t.Errorf("held are %v, error %v", held, err)
@@ -56,7 +56,7 @@ func TestTurnIsWaitedFor(t *testing.T) {
 			end()
 			taken := make(chan bool)
 			go func() {
-				end, err := turn(time.Hour)
+				end, err := turn(t.Context(), time.Hour)
 				if err != nil {
 					t.Error(err)
 				}
@@ -101,7 +101,7 @@ func TestTurnsDoNotOverlapWhileStrangersComeAndGo(t *testing.T) {
 	for range 6 {
 		turns.Go(func() {
 			for range 50 {
-				end, err := turn(time.Hour)
+				end, err := turn(t.Context(), time.Hour)
 				if err != nil {
 					t.Error(err)
 					return

@@ -53,14 +53,23 @@ func (n *node) listen(name string, backlog int) {
 
 // The last one out leaves nothing although everything that it may have to wait for is
 // stuck: the lock of iptables, a twin that has been stopped, one that only pretends to be
-// one, and the turn. What the stopped twin wants stays.
+// one, and the turn. What the stopped twin serves stays, also where it has never said what
+// that is.
 func TestExitBesideWhatIsStuck(t *testing.T) {
-	n := newNode(t, iptablesLegacy)
+	for _, first := range []string{"stopped-later", "stopped-before"} {
+		t.Run(first, func(t *testing.T) { exitBesideWhatIsStuck(newNode(t, iptablesLegacy), first == "stopped-before") })
+	}
+}
+
+func exitBesideWhatIsStuck(n *node, stoppedBefore bool) {
 	twin := n.serve(n.block(".:53", "10.96.0.10"))
+	if stoppedBefore {
+		n.must(twin.Signal(syscall.SIGSTOP))
+	}
 	p := n.serve(n.corefile())
 	n.must(twin.Signal(syscall.SIGSTOP))
 	n.listen("nodecache/member/0123456789abcdef", 5)
-	n.listen("nodecache/lock", -1)
+	n.listen("nodecache/lock", 5)
 	release := n.lock()
 	mark := p.Mark()
 	began := time.Now()
