@@ -4,6 +4,8 @@ import (
 	"net/netip"
 	"slices"
 	"time"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/desired"
 )
 
 // Abandon takes back what a start of CoreDNS has put on the node. It is for a main
@@ -30,13 +32,13 @@ func (n *node) takeBack() error {
 		}
 		return n.inTurn(func() error {
 			n.member.hide()
-			n.leaving, n.want = state{}, state{}
+			n.leaving, n.want = desired.State{}, desired.State{}
 			// Another process may have come meanwhile.
-			stays := state{links: n.others.wants.links}
+			stays := desired.State{Links: n.others.wants.Links}
 			added := made{}
 			for i, addrs := range n.added {
 				if !n.others.unknown {
-					added[i] = slices.DeleteFunc(addrs, func(a netip.Addr) bool { return slices.Contains(stays.links[i.name], a) })
+					added[i] = slices.DeleteFunc(addrs, func(a netip.Addr) bool { return slices.Contains(stays.Links[i.name], a) })
 				}
 			}
 			return n.undo(stays, added)

@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/desired"
 )
 
 // reply is what came of asking one process.
@@ -26,7 +28,7 @@ type reply struct {
 // that is silent counts what it said last: it can have changed nothing since, unless it
 // is only slow.
 func (m *member) ask(within time.Duration) (others, error) {
-	o := others{wants: state{}, serves: map[endpoint]bool{}, variants: map[string]bool{}, states: map[string]int{}}
+	o := others{wants: desired.State{}, serves: map[desired.Endpoint]bool{}, variants: map[string]bool{}, states: map[string]int{}}
 	list, err := listSockets(memberSockets)
 	if err != nil {
 		return o, fmt.Errorf("looking for other processes that serve here: %w", err)
@@ -145,9 +147,9 @@ func (m *member) add(o *others, r reply) {
 		p.Rules, p.LeavingRules = nil, nil
 	}
 	wants, leaving := shownState(p.Links, p.Rules), shownState(p.LeavingLinks, p.LeavingRules)
-	o.wants = o.wants.union(wants)
-	o.stays = o.stays.union(wants.minus(leaving))
-	o.leaving = o.leaving.union(leaving)
+	o.wants = o.wants.Union(wants)
+	o.stays = o.stays.Union(wants.Minus(leaving))
+	o.leaving = o.leaving.Union(leaving)
 	if r.err != nil {
 		return // whether it still serves is the one thing that nobody can know
 	}

@@ -54,7 +54,7 @@ func TestLastWordsOfASilentMemberCount(t *testing.T) {
 		t.Helper()
 		o, err := m.ask(within)
 		must(t, err)
-		if got := fmt.Sprint(o.wants.links, len(o.serves), o.states); got != want || o.unknown != unknown {
+		if got := fmt.Sprint(o.wants.Links, len(o.serves), o.states); got != want || o.unknown != unknown {
 			t.Errorf("got %s, unknown %v; want %s", got, o.unknown, want)
 		}
 	}
@@ -129,7 +129,7 @@ func TestNumberOfMembersIsBounded(t *testing.T) {
 	}
 	o, err := m.ask(askLimit)
 	must(t, err)
-	if !o.unknown || o.states[processIdle] != peerLimit || len(o.wants.links) != 1 {
+	if !o.unknown || o.states[processIdle] != peerLimit || len(o.wants.Links) != 1 {
 		t.Errorf("found are %v, %v, unknown %v", o.states, o.wants, o.unknown)
 	}
 }
@@ -153,10 +153,10 @@ func TestRulesInAnotherVariantAreOthers(t *testing.T) {
 		}))
 		o, err := a.ask(askLimit)
 		must(t, err)
-		if got := len(o.wants.rules) > 0 && len(o.leaving.rules) > 0; got != c.counts || got != (len(o.wants.rules)+len(o.leaving.rules) > 0) {
-			t.Errorf("own variant %q, the other's %q: rules wanted %v, left %v", c.own, c.other, o.wants.rules, o.leaving.rules)
+		if got := len(o.wants.Rules) > 0 && len(o.leaving.Rules) > 0; got != c.counts || got != (len(o.wants.Rules)+len(o.leaving.Rules) > 0) {
+			t.Errorf("own variant %q, the other's %q: rules wanted %v, left %v", c.own, c.other, o.wants.Rules, o.leaving.Rules)
 		}
-		if len(o.wants.links) != 1 || len(o.serves) != 2 || !o.variants[c.other] || len(o.variants) != 1 {
+		if len(o.wants.Links) != 1 || len(o.serves) != 2 || !o.variants[c.other] || len(o.variants) != 1 {
 			t.Errorf("own variant %q, the other's %q: %+v", c.own, c.other, o)
 		}
 	}
@@ -175,8 +175,8 @@ func TestSlowReadersKeepNobodyWaiting(t *testing.T) {
 	}
 	o, err := twin.ask(askLimit)
 	must(t, err)
-	if o.unknown || len(o.wants.rules[backendIPT]) != 4000 {
-		t.Errorf("unknown %v, %d rules", o.unknown, len(o.wants.rules[backendIPT]))
+	if o.unknown || len(o.wants.Rules[backendIPT]) != 4000 {
+		t.Errorf("unknown %v, %d rules", o.unknown, len(o.wants.Rules[backendIPT]))
 	}
 }
 

@@ -134,7 +134,7 @@ func withoutNetAdmin(t *testing.T, f func()) {
 
 func TestElementsAreReadAsWritten(t *testing.T) {
 	for _, e := range dnsOn("169.254.20.10", "fd00:20::10") {
-		if got, ok := endpointOfKey(e.key()); !ok || got != e {
+		if got, ok := endpointOfKey(elementKey(e)); !ok || got != e {
 			t.Errorf("%s is read as %s", e, got)
 		}
 	}
@@ -142,10 +142,10 @@ func TestElementsAreReadAsWritten(t *testing.T) {
 
 func FuzzElementKey(f *testing.F) {
 	for _, e := range dnsOn("169.254.20.10", "fd00:20::10") {
-		f.Add(e.key())
+		f.Add(elementKey(e))
 	}
 	f.Fuzz(func(t *testing.T, key []byte) {
-		if e, ok := endpointOfKey(key); ok && (!e.addr.IsValid() || e.proto == "") {
+		if e, ok := endpointOfKey(key); ok && (!e.Addr.IsValid() || e.Proto == "") {
 			t.Errorf("%q is read as %v", key, e)
 		}
 	})

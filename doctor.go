@@ -8,6 +8,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/desired"
 )
 
 // faults are what commonly goes wrong on a node although everything of ours stands.
@@ -35,8 +37,8 @@ type fault struct {
 type site struct {
 	links     map[string]bool // ours, by name
 	placed    map[netip.Addr]*placed
-	listeners []endpoint
-	untracked []endpoint // of listeners, those that a firewall backend has rules for
+	listeners []desired.Endpoint
+	untracked []desired.Endpoint // of listeners, those that a firewall backend has rules for
 	ask       func() (others, error)
 }
 
@@ -45,8 +47,8 @@ func (n *node) site(cfg *config) site {
 	for name := range n.netifs {
 		s.links[name] = true
 	}
-	for _, es := range n.want.rules {
-		s.untracked = append(s.untracked, slices.DeleteFunc(slices.Clone(es), func(e endpoint) bool { return e.extra })...)
+	for _, es := range n.want.Rules {
+		s.untracked = append(s.untracked, slices.DeleteFunc(slices.Clone(es), func(e desired.Endpoint) bool { return e.Extra })...)
 	}
 	return s
 }

@@ -10,6 +10,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/contentful-labs/coredns-nodecache/internal/ruleset"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/desired"
 )
 
 // nodeCacheComment begins the comments of the rules that node-cache of kubernetes/dns
@@ -61,7 +63,7 @@ func rulesOfNodeCache(s site) []string {
 // With SO_REUSEPORT and the same user the kernel lets them, and gives them a share of
 // the queries.
 func sharedPort(s site) (found []string) {
-	udp := slices.DeleteFunc(slices.Clone(s.listeners), func(e endpoint) bool { return e.proto != "udp" })
+	udp := slices.DeleteFunc(slices.Clone(s.listeners), func(e desired.Endpoint) bool { return e.Proto != "udp" })
 	by := strangers(udp)
 	if len(by) == 0 {
 		return nil
@@ -86,9 +88,9 @@ func firewallDrops(s site) (found []string) {
 	if len(s.untracked) == 0 {
 		return nil
 	}
-	drops := look([]string{"raw", "mangle", "filter", "security"}, func(r *ruleset.Ruleset) map[string][]endpoint {
-		drops := map[string][]endpoint{}
-		note := func(what string, e endpoint, results []ruleset.Result) {
+	drops := look([]string{"raw", "mangle", "filter", "security"}, func(r *ruleset.Ruleset) map[string][]desired.Endpoint {
+		drops := map[string][]desired.Endpoint{}
+		note := func(what string, e desired.Endpoint, results []ruleset.Result) {
 			for _, res := range results {
 				if !res.Drop || res.Accept {
 					continue
@@ -101,12 +103,12 @@ func firewallDrops(s site) (found []string) {
 			}
 		}
 		for _, e := range s.untracked {
-			query := ruleset.Packet{Proto: unix.IPPROTO_UDP, Dst: e.addr, DstPort: e.port, State: ruleset.StateUntracked}
-			if e.proto == "tcp" {
+			query := ruleset.Packet{Proto: unix.IPPROTO_UDP, Dst: e.Addr, DstPort: e.Port, State: ruleset.StateUntracked}
+			if e.Proto == "tcp" {
 				query.Proto = unix.IPPROTO_TCP
 			}
 			answer := query
-			answer.Src, answer.SrcPort, answer.Dst, answer.DstPort = e.addr, e.port, netip.Addr{}, 0
+			answer.Src, answer.SrcPort, answer.Dst, answer.DstPort = e.Addr, e.Port, netip.Addr{}, 0
 			note("query", e, r.Through(query, unix.NF_INET_PRE_ROUTING, "filter"))
 			note("query", e, r.Through(query, unix.NF_INET_LOCAL_IN, "filter"))
 			note("answer", e, r.Through(answer, unix.NF_INET_LOCAL_OUT, "filter", "route"))

@@ -67,10 +67,10 @@ func bridgeNetfilterOff(s site) (found []string) {
 func (s site) behind(f family) []netip.Addr {
 	return look([]string{"nat"}, func(r *ruleset.Ruleset) (servers []netip.Addr) {
 		for _, e := range s.listeners {
-			if e.proto != "udp" || familyOf(e.addr) != f || s.placed[e.addr].foreign {
+			if e.Proto != "udp" || familyOf(e.Addr) != f || s.placed[e.Addr].foreign {
 				continue
 			}
-			query := ruleset.Packet{Proto: unix.IPPROTO_UDP, Dst: e.addr, DstPort: e.port, State: ruleset.StateNew}
+			query := ruleset.Packet{Proto: unix.IPPROTO_UDP, Dst: e.Addr, DstPort: e.Port, State: ruleset.StateNew}
 			for _, res := range r.Through(query, unix.NF_INET_PRE_ROUTING, "nat") {
 				if res.Translated && !res.Accept {
 					servers = append(servers, res.Targets...)

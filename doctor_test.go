@@ -12,6 +12,8 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/desired"
 )
 
 // NetworkManager's files are as those of 1.42: of a link that it has noted, of one to
@@ -68,7 +70,7 @@ func TestSharedPort(t *testing.T) {
 		handOver(t, "dnsmasq", f)
 	}
 	asked := 0
-	o := others{serves: map[endpoint]bool{{addr: addr("10.96.0.10"), proto: "udp", port: 53}: true}}
+	o := others{serves: map[desired.Endpoint]bool{{Addr: addr("10.96.0.10"), Proto: "udp", Port: 53}: true}}
 	s := site{listeners: dnsOn("169.254.20.10", "10.96.0.10"), ask: func() (others, error) { asked++; return o, nil }}
 	if found := sharedPort(s); len(found) != 1 || !strings.HasPrefix(found[0], `169.254.20.10:53/udp is served by "dnsmasq" (process `) || asked != 1 {
 		t.Errorf("asked %d times, found %q", asked, found)

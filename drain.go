@@ -7,6 +7,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/desired"
 )
 
 // counter counts the queries that are being answered. A query counts in the
@@ -42,7 +44,7 @@ const drainPoll = 2 * time.Millisecond
 // until its last answer has left. A listening TCP socket is closed, and replaced
 // by one that nobody can reach, so that its server sees no error; connections
 // that were accepted go on.
-func park(es []endpoint) error {
+func park(es []desired.Endpoint) error {
 	socks, err := ownSockets()
 	if err != nil {
 		return err
@@ -51,7 +53,7 @@ func park(es []endpoint) error {
 	for _, e := range es {
 		for _, fd := range socks[e] {
 			do := parkUDP
-			if e.proto == "tcp" {
+			if e.Proto == "tcp" {
 				do = replace
 			}
 			if err := do(fd, e); err != nil {
@@ -63,8 +65,8 @@ func park(es []endpoint) error {
 }
 
 // parkUDP has the kernel choose the socket of fd no more.
-func parkUDP(fd int, e endpoint) error {
-	if e.addr.Is4() {
+func parkUDP(fd int, e desired.Endpoint) error {
+	if e.Addr.Is4() {
 		return unix.Connect(fd, &unix.SockaddrInet4{Addr: [4]byte{127, 255, 255, 254}, Port: 9}) // discard
 	}
 	return unix.Connect(fd, &unix.SockaddrInet6{Addr: [16]byte{15: 1}, Port: 9})
@@ -72,7 +74,7 @@ func parkUDP(fd int, e endpoint) error {
 
 // replace closes the socket of fd and lets fd be one on which nobody can call. It
 // listens, since the server's next accept would fail on one that does not.
-func replace(fd int, _ endpoint) error {
+func replace(fd int, _ desired.Endpoint) error {
 	s, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return err
@@ -90,7 +92,7 @@ func replace(fd int, _ endpoint) error {
 // drain waits until the queries that have arrived on es are answered: first
 // until each socket's queue has been seen empty, then for the answers to what
 // was read. It returns how many were still open when limit had passed.
-func (c *counter) drain(es []endpoint, limit time.Duration) (open int64, err error) {
+func (c *counter) drain(es []desired.Endpoint, limit time.Duration) (open int64, err error) {
 	deadline := time.Now().Add(limit)
 	if err := readOut(es, deadline); err != nil {
 		return 0, err
@@ -105,14 +107,14 @@ func (c *counter) drain(es []endpoint, limit time.Duration) (open int64, err err
 }
 
 // readOut waits until the queue of each UDP socket on es has been seen empty.
-func readOut(es []endpoint, deadline time.Time) error {
+func readOut(es []desired.Endpoint, deadline time.Time) error {
 	socks, err := ownSockets()
 	if err != nil {
 		return err
 	}
 	for _, e := range es {
 		for _, fd := range socks[e] {
-			for e.proto == "udp" && queued(fd) && time.Now().Before(deadline) {
+			for e.Proto == "udp" && queued(fd) && time.Now().Before(deadline) {
 				time.Sleep(drainPoll)
 			}
 		}

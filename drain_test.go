@@ -13,11 +13,13 @@ import (
 	"github.com/coredns/coredns/plugin"
 	"github.com/miekg/dns"
 	"golang.org/x/sys/unix"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/desired"
 )
 
 // socket is what CoreDNS would open for one endpoint.
 type socket struct {
-	e   endpoint
+	e   desired.Endpoint
 	udp *net.UDPConn
 	tcp net.Listener
 }
@@ -39,12 +41,12 @@ var reuseport = net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) (
 }}
 
 // serveOn opens a socket for each endpoint, until the test is over.
-func serveOn(t testing.TB, es ...endpoint) (socks []*socket) {
+func serveOn(t testing.TB, es ...desired.Endpoint) (socks []*socket) {
 	t.Helper()
 	for _, e := range es {
 		s := &socket{e: e}
-		at := netip.AddrPortFrom(e.addr, e.port).String()
-		if e.proto == "udp" {
+		at := netip.AddrPortFrom(e.Addr, e.Port).String()
+		if e.Proto == "udp" {
 			c, err := reuseport.ListenPacket(context.Background(), "udp", at)
 			must(t, err)
 			s.udp = c.(*net.UDPConn)
@@ -60,22 +62,22 @@ func serveOn(t testing.TB, es ...endpoint) (socks []*socket) {
 }
 
 // local returns an endpoint on lo that nobody has.
-func local(t testing.TB, a, proto string) endpoint {
+func local(t testing.TB, a, proto string) desired.Endpoint {
 	t.Helper()
-	e := endpoint{addr: addr(a), proto: proto}
+	e := desired.Endpoint{Addr: addr(a), Proto: proto}
 	s := serveOn(t, e)[0]
 	if proto == "udp" {
-		e.port = s.udp.LocalAddr().(*net.UDPAddr).AddrPort().Port()
+		e.Port = s.udp.LocalAddr().(*net.UDPAddr).AddrPort().Port()
 	} else {
-		e.port = s.tcp.Addr().(*net.TCPAddr).AddrPort().Port()
+		e.Port = s.tcp.Addr().(*net.TCPAddr).AddrPort().Port()
 	}
 	s.Close()
 	return e
 }
 
-func dialUDP(t testing.TB, e endpoint) net.Conn {
+func dialUDP(t testing.TB, e desired.Endpoint) net.Conn {
 	t.Helper()
-	c, err := net.Dial("udp", netip.AddrPortFrom(e.addr, e.port).String())
+	c, err := net.Dial("udp", netip.AddrPortFrom(e.Addr, e.Port).String())
 	must(t, err)
 	t.Cleanup(func() { c.Close() })
 	return c
@@ -146,7 +148,7 @@ func TestDrainIsBounded(t *testing.T) {
 	var d counter
 	const limit = 20 * time.Millisecond
 	began := time.Now()
-	if n, err := d.drain([]endpoint{e}, limit); n != 0 || err != nil {
+	if n, err := d.drain([]desired.Endpoint{e}, limit); n != 0 || err != nil {
 		t.Errorf("%d are open, error %v; want none", n, err)
 	}
 	if took := time.Since(began); took < limit {
@@ -167,7 +169,7 @@ func TestDrainWaitsForQueuedDatagrams(t *testing.T) {
 		}
 		var c counter
 		done := make(chan error, 1)
-		go func() { _, err := c.drain([]endpoint{e}, time.Hour); done <- err }()
+		go func() { _, err := c.drain([]desired.Endpoint{e}, time.Hour); done <- err }()
 		buf := make([]byte, 10)
 		for i := range 3 {
 			// Not even begun to wait for answers while something is unread.
@@ -217,7 +219,7 @@ func TestHandlerCountsWhatIsBeingAnswered(t *testing.T) {
 }
 
 func TestOwnSocketsAreFoundByEndpoint(t *testing.T) {
-	var es []endpoint
+	var es []desired.Endpoint
 	for _, a := range []string{"127.0.0.1", "::1"} {
 		for _, proto := range []string{"udp", "tcp"} {
 			es = append(es, local(t, a, proto))
@@ -255,11 +257,11 @@ func TestOwnSocketsAreFoundByEndpoint(t *testing.T) {
 
 // parked starts with two processes' sockets on one endpoint, as twins have them,
 // and returns ours, which is parked, and the other's.
-func parked(t *testing.T, e endpoint, meanwhile func(ours *socket)) (ours, other *socket) {
+func parked(t *testing.T, e desired.Endpoint, meanwhile func(ours *socket)) (ours, other *socket) {
 	t.Helper()
 	ours = serveOn(t, e)[0]
 	meanwhile(ours)
-	must(t, park([]endpoint{e}))
+	must(t, park([]desired.Endpoint{e}))
 	return ours, serveOn(t, e)[0]
 }
 
@@ -303,7 +305,7 @@ func TestParkedUDPSocketKeepsWhatArrivedAndGetsNothingNew(t *testing.T) {
 func TestParkedTCPListenerKeepsItsConnections(t *testing.T) {
 	for _, a := range []string{"127.0.0.1", "::1"} {
 		e := local(t, a, "tcp")
-		at := netip.AddrPortFrom(e.addr, e.port).String()
+		at := netip.AddrPortFrom(e.Addr, e.Port).String()
 		var client, served net.Conn
 		ours, other := parked(t, e, func(ours *socket) {
 			var err error
@@ -345,7 +347,7 @@ func TestParkedTCPListenerKeepsItsConnections(t *testing.T) {
 }
 
 func TestParkOfNothing(t *testing.T) {
-	if err := park([]endpoint{local(t, "127.0.0.1", "udp"), local(t, "::1", "tcp")}); err != nil {
+	if err := park([]desired.Endpoint{local(t, "127.0.0.1", "udp"), local(t, "::1", "tcp")}); err != nil {
 		t.Errorf("parking nothing: %v", err)
 	}
 }
@@ -357,7 +359,7 @@ func TestEndpointsAreSortedUDPFirst(t *testing.T) {
 		got = append(got, e.String())
 	}
 	want := "10.96.0.10:53/udp 10.96.0.10:53/tcp 169.254.20.10:53/udp 169.254.20.10:53/tcp [fd00:20::10]:53/udp [fd00:20::10]:53/tcp"
-	if strings.Join(got, " ") != want || !slices.IsSortedFunc(es, compareEndpoints) {
+	if strings.Join(got, " ") != want || !slices.IsSortedFunc(es, desired.Compare) {
 		t.Errorf("got %v, want %s", got, want)
 	}
 }

@@ -9,6 +9,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/desired"
 )
 
 // batch is how many packets are received and sent with one system call at most.
@@ -44,12 +46,12 @@ type fastSocket struct {
 }
 
 // openSocket opens a socket on e, beside those that others have there.
-func openSocket(e endpoint) (*fastSocket, error) {
+func openSocket(e desired.Endpoint) (*fastSocket, error) {
 	domain, sa := unix.AF_INET, unix.Sockaddr(nil)
-	if e.addr.Is4() {
-		sa = &unix.SockaddrInet4{Addr: e.addr.As4(), Port: int(e.port)}
+	if e.Addr.Is4() {
+		sa = &unix.SockaddrInet4{Addr: e.Addr.As4(), Port: int(e.Port)}
 	} else {
-		domain, sa = unix.AF_INET6, &unix.SockaddrInet6{Addr: e.addr.As16(), Port: int(e.port)}
+		domain, sa = unix.AF_INET6, &unix.SockaddrInet6{Addr: e.Addr.As16(), Port: int(e.Port)}
 	}
 	fd, err := unix.Socket(domain, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {

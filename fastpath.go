@@ -21,6 +21,8 @@ import (
 	prom "github.com/coredns/coredns/plugin/metrics"
 	"github.com/coredns/coredns/plugin/pkg/transport"
 	"github.com/miekg/dns"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/desired"
 )
 
 // exact are the plugins that may stand before cache in a block with fastpath: what
@@ -417,7 +419,7 @@ func (c *missConn) SetWriteDeadline(time.Time) error { return nil }
 
 // A fastListener is a listen address with sockets of our own. It outlives instances.
 type fastListener struct {
-	at      endpoint
+	at      desired.Endpoint
 	sockets []*fastSocket
 	serving atomic.Pointer[serving]
 	closing atomic.Bool
@@ -429,7 +431,7 @@ type fastListener struct {
 type fastpath struct {
 	answering *counter
 	mu        sync.Mutex
-	listeners map[endpoint]*fastListener
+	listeners map[desired.Endpoint]*fastListener
 	cpus      int
 	following bool         // see follow
 	ending    atomic.Int64 // servings and listeners with queries under way
@@ -478,7 +480,7 @@ func (f *fastpath) serve(cfg *config, s *dnsserver.Server) {
 	if err != nil || at.Addr().Zone() != "" {
 		return // an address of bind's interface, which is good for one link only
 	}
-	e := endpoint{addr: at.Addr(), proto: "udp", port: at.Port()}
+	e := desired.Endpoint{Addr: at.Addr(), Proto: "udp", Port: at.Port()}
 	entries := cfg.fastAt[e]
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -539,7 +541,7 @@ func (f *fastpath) only(cfg *config) {
 		}
 		if s := serverAt(e); s != nil {
 			if l.serving.Load().server != s {
-				f.use(l, newServing(s, netip.AddrPortFrom(e.addr, e.port), 0))
+				f.use(l, newServing(s, netip.AddrPortFrom(e.Addr, e.Port), 0))
 			}
 			continue
 		}
@@ -577,7 +579,7 @@ func (f *fastpath) follow() {
 
 // serverAt returns the server on an address of CoreDNS's newest instance, or nil. Caddy
 // has them, but no function that returns one.
-func serverAt(e endpoint) *dnsserver.Server {
+func serverAt(e desired.Endpoint) *dnsserver.Server {
 	all := caddy.Instances()
 	if len(all) == 0 {
 		return nil
@@ -588,7 +590,7 @@ func serverAt(e endpoint) *dnsserver.Server {
 			continue
 		}
 		s := (*dnsserver.Server)(f.Elem().UnsafePointer())
-		if at, err := netip.ParseAddrPort(strings.TrimPrefix(s.Addr, transport.DNS+"://")); err == nil && at == netip.AddrPortFrom(e.addr, e.port) {
+		if at, err := netip.ParseAddrPort(strings.TrimPrefix(s.Addr, transport.DNS+"://")); err == nil && at == netip.AddrPortFrom(e.Addr, e.Port) {
 			return s
 		}
 	}

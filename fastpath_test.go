@@ -21,6 +21,8 @@ import (
 	"github.com/miekg/dns"
 	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sys/unix"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/desired"
 )
 
 func packed(t testing.TB, m *dns.Msg) []byte {
@@ -498,7 +500,7 @@ func TestFastListenerCloses(t *testing.T) {
 	for _, a := range []string{"127.0.0.1", "::1"} {
 		at := netip.MustParseAddrPort(netip.AddrPortFrom(addr(a), 5399).String())
 		var answering counter
-		l := &fastListener{at: endpoint{addr: at.Addr(), proto: "udp", port: at.Port()}}
+		l := &fastListener{at: desired.Endpoint{Addr: at.Addr(), Proto: "udp", Port: at.Port()}}
 		l.serving.Store(newServing(&dnsserver.Server{Addr: "dns://" + at.String()}, at, 64))
 		must(t, l.open(2, &answering))
 		c, err := net.Dial("udp", at.String())
@@ -548,7 +550,7 @@ func hitter(t testing.TB, v *serving, count *counts) func() {
 	sa, err := unix.Getsockname(sink)
 	must(t, err)
 	port := sa.(*unix.SockaddrInet4).Port
-	s, err := openSocket(endpoint{addr: netip.MustParseAddr("127.0.0.1"), proto: "udp"})
+	s, err := openSocket(desired.Endpoint{Addr: netip.MustParseAddr("127.0.0.1"), Proto: "udp"})
 	must(t, err)
 	t.Cleanup(s.close)
 	p := newPackets(s.fd)

@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"net/netip"
 	"os/exec"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/desired"
 )
 
 // firewall keeps DNS to endpoints out of connection tracking: the queries that
@@ -13,14 +15,14 @@ type firewall interface {
 	// ensure makes the rules for exactly own stand, in place of what this backend
 	// has made before, and returns how many were missing. Of o it writes nothing. Nothing
 	// is left of it where nobody wants anything.
-	ensure(ctx context.Context, own []endpoint, o standing) (missing int, err error)
+	ensure(ctx context.Context, own []desired.Endpoint, o standing) (missing int, err error)
 	// serve is told what this process listens on; ensure has seen all of es.
-	serve(es []endpoint)
+	serve(es []desired.Endpoint)
 	// leave sends new UDP queries to gone the way they would go without us, at
 	// once; what is under way (answers, TCP connections) stays out of connection
 	// tracking, or late answers would be tracked and catch their client's next
 	// queries. The next ensure takes the rest away.
-	leave(ctx context.Context, gone []endpoint) error
+	leave(ctx context.Context, gone []desired.Endpoint) error
 	// String names the backend for the log: "iptables 1.8.9 (nf_tables)".
 	String() string
 }
@@ -30,25 +32,25 @@ type firewall interface {
 // rules written who could not write them, and two releases never undo each other's.
 type standing struct {
 	// others is what other processes want: what stands for it stays as it stands.
-	others []endpoint
+	others []desired.Endpoint
 	// leaving is what this process still wants but is about to give up, and nobody else
 	// stays for: no rule for new UDP queries to it is written.
-	leaving []endpoint
+	leaving []desired.Endpoint
 	// unknown is true when a process does not say what it wants: then all stays that
 	// stands, less the rules for new UDP queries to leaving.
 	unknown bool
 	// alone is what goes all the same: this process gives it up and, as the kernel's list of
 	// sockets says, nobody else serves it.
-	alone []endpoint
+	alone []desired.Endpoint
 }
 
 // standing returns it for a backend, as of this process's last turn.
 func (n *node) standing(backend string) standing {
 	return standing{
-		others:  n.others.wants.rules[backend],
-		leaving: n.leaving.minus(n.others.stays).rules[backend],
+		others:  n.others.wants.Rules[backend],
+		leaving: n.leaving.Minus(n.others.stays).Rules[backend],
 		unknown: n.others.unknown,
-		alone:   n.alone.rules[backend],
+		alone:   n.alone.Rules[backend],
 	}
 }
 

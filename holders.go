@@ -13,6 +13,8 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/desired"
 )
 
 const (
@@ -26,14 +28,14 @@ const (
 
 // holder says who has a socket on e, as far as /proc tells: ` by "dnsmasq" (process
 // 123, bound to 0.0.0.0:53)`, or "".
-func holder(e endpoint) string { return whose(socketsOn([]endpoint{e}))[e] }
+func holder(e desired.Endpoint) string { return whose(socketsOn([]desired.Endpoint{e}))[e] }
 
 // stranger is holder for those that are not this process.
-func stranger(e endpoint) string { return strangers([]endpoint{e})[e] }
+func stranger(e desired.Endpoint) string { return strangers([]desired.Endpoint{e})[e] }
 
 // strangers says for each of es on which others than this process have a socket who
 // does, as holder says it.
-func strangers(es []endpoint) map[endpoint]string {
+func strangers(es []desired.Endpoint) map[desired.Endpoint]string {
 	on := socketsOn(es)
 	if len(on) == 0 {
 		return nil
@@ -55,23 +57,23 @@ func strangers(es []endpoint) map[endpoint]string {
 // and with what they are bound to, which may be the wildcard address. An endpoint with
 // the wildcard address has the sockets of all addresses. All of es together cost one
 // look at the kernel's tables.
-func socketsOn(es []endpoint) map[endpoint]map[uint64]string {
+func socketsOn(es []desired.Endpoint) map[desired.Endpoint]map[uint64]string {
 	type port struct {
 		proto string
 		port  uint16
 	}
-	exact, all, wild := map[endpoint][]endpoint{}, map[port][]endpoint{}, map[port][]endpoint{}
+	exact, all, wild := map[desired.Endpoint][]desired.Endpoint{}, map[port][]desired.Endpoint{}, map[port][]desired.Endpoint{}
 	tables := map[string]bool{}
 	for _, e := range es {
-		bare, p := endpoint{addr: e.addr, proto: e.proto, port: e.port}, port{e.proto, e.port}
+		bare, p := desired.Endpoint{Addr: e.Addr, Proto: e.Proto, Port: e.Port}, port{e.Proto, e.Port}
 		exact[bare] = append(exact[bare], e)
 		all[p] = append(all[p], e)
-		if e.addr.IsUnspecified() {
+		if e.Addr.IsUnspecified() {
 			wild[p] = append(wild[p], e)
 		}
-		tables[e.proto], tables[e.proto+"6"] = true, true
+		tables[e.Proto], tables[e.Proto+"6"] = true, true
 	}
-	on, seen := map[endpoint]map[uint64]string{}, map[port]int{}
+	on, seen := map[desired.Endpoint]map[uint64]string{}, map[port]int{}
 	for table := range tables {
 		// By way of the thread: /proc/net is that of the process's first one.
 		f, err := os.Open("/proc/thread-self/net/" + table)
@@ -82,12 +84,12 @@ func socketsOn(es []endpoint) map[endpoint]map[uint64]string {
 			p := port{table[:3], s.at.Port()}
 			met := wild[p]
 			if !s.at.Addr().IsUnspecified() {
-				met = slices.Concat(met, exact[endpoint{addr: s.at.Addr(), proto: p.proto, port: p.port}])
+				met = slices.Concat(met, exact[desired.Endpoint{Addr: s.at.Addr(), Proto: p.proto, Port: p.port}])
 			} else if seen[p]++; seen[p] <= maxWild {
 				met = all[p]
 			}
 			for _, e := range met {
-				if e.addr.Is6() && !e.addr.IsUnspecified() && s.at.Addr().Is4() {
+				if e.Addr.Is6() && !e.Addr.IsUnspecified() && s.at.Addr().Is4() {
 					continue // while a socket on :: has IPv4 too
 				}
 				if on[e] == nil {
@@ -150,7 +152,7 @@ func parseLocal(s string) (netip.AddrPort, bool) {
 }
 
 // whose says for each endpoint which process has one of its sockets.
-func whose(on map[endpoint]map[uint64]string) map[endpoint]string {
+func whose(on map[desired.Endpoint]map[uint64]string) map[desired.Endpoint]string {
 	if len(on) == 0 {
 		return nil
 	}
@@ -172,7 +174,7 @@ func whose(on map[endpoint]map[uint64]string) map[endpoint]string {
 			}
 		}
 	}
-	said := map[endpoint]string{}
+	said := map[desired.Endpoint]string{}
 	for e, socks := range on {
 		said[e] = say(socks, who)
 	}

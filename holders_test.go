@@ -9,6 +9,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/desired"
 )
 
 // handOver leaves f, a socket's, to another process that calls itself name.
@@ -40,8 +42,8 @@ func TestStrangersAreNamedWithoutThisProcess(t *testing.T) {
 	c.Close()
 	// What it calls itself is its own choice, and is read by people in the log.
 	pid := handOver(t, "a\nERROR b", f)
-	e := endpoint{addr: addr("169.254.20.10"), proto: "udp", port: 53}
-	want := map[endpoint]string{e: fmt.Sprintf(` by "a\nERROR b" (process %d, bound to 169.254.20.10:53)`, pid)}
+	e := desired.Endpoint{Addr: addr("169.254.20.10"), Proto: "udp", Port: 53}
+	want := map[desired.Endpoint]string{e: fmt.Sprintf(` by "a\nERROR b" (process %d, bound to 169.254.20.10:53)`, pid)}
 	if got := strangers(es); fmt.Sprint(got) != fmt.Sprint(want) {
 		t.Errorf("the strangers are %q, want %q", got, want)
 	}
@@ -64,7 +66,7 @@ func TestHoldersOnWildcardAddress(t *testing.T) {
 		l, err := net.Listen(test.network, test.at)
 		must(t, err)
 		for a, want := range map[string]string{"169.254.20.10": test.for4, "fd00:20::10": test.for6, "::": test.forAll} {
-			e := endpoint{addr: addr(a), proto: "tcp", port: 53}
+			e := desired.Endpoint{Addr: addr(a), Proto: "tcp", Port: 53}
 			got := holder(e)
 			if want != "" && !strings.HasSuffix(got, ", bound to "+want+")") || want == "" && got != "" {
 				t.Errorf("with a listener on %s, the holder of %s is %q", test.at, e, got)
@@ -77,24 +79,24 @@ func TestHoldersOnWildcardAddress(t *testing.T) {
 // The doctor asks for all addresses of a node, which can be a thousand.
 func TestStrangersOfManyAddressesCostOneLook(t *testing.T) {
 	needRoot(t)
-	on := func(n int) (es []endpoint) {
+	on := func(n int) (es []desired.Endpoint) {
 		for i := range n {
-			es = append(es, endpoint{addr: netip.AddrFrom4([4]byte{127, 1, byte(i >> 8), byte(i)}), proto: "udp", port: 53})
+			es = append(es, desired.Endpoint{Addr: netip.AddrFrom4([4]byte{127, 1, byte(i >> 8), byte(i)}), Proto: "udp", Port: 53})
 		}
 		return es
 	}
 	thousand := on(1000)
 	serveOn(t, thousand...)
-	cost := func(es []endpoint) float64 { return testing.AllocsPerRun(1, func() { strangers(es) }) }
+	cost := func(es []desired.Endpoint) float64 { return testing.AllocsPerRun(1, func() { strangers(es) }) }
 	if one, all := cost(thousand[:1]), cost(thousand); all > 10*one {
 		t.Errorf("to look for one of them takes %.0f allocations, for all of them %.0f", one, all)
 	}
 }
 
 func BenchmarkStrangersOfThousandAddresses(b *testing.B) {
-	var es []endpoint
+	var es []desired.Endpoint
 	for i := range 1000 {
-		es = append(es, endpoint{addr: netip.AddrFrom4([4]byte{127, 1, byte(i >> 8), byte(i)}), proto: "udp", port: 53})
+		es = append(es, desired.Endpoint{Addr: netip.AddrFrom4([4]byte{127, 1, byte(i >> 8), byte(i)}), Proto: "udp", Port: 53})
 	}
 	serveOn(b, es...)
 	for b.Loop() {

@@ -8,6 +8,8 @@ import (
 	"os"
 	"slices"
 	"strings"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/desired"
 )
 
 // iptables is the firewall backend that runs the iptables programs. All rules
@@ -65,7 +67,7 @@ func (t *iptables) variant() string {
 	return ""
 }
 
-func (t *iptables) ensure(ctx context.Context, own []endpoint, o standing) (missing int, err error) {
+func (t *iptables) ensure(ctx context.Context, own []desired.Endpoint, o standing) (missing int, err error) {
 	for _, f := range []family{ipv4, ipv6} {
 		x, mine := t.families[f], ofFamily(own, f)
 		theirs := standing{ofFamily(o.others, f), ofFamily(o.leaving, f), o.unknown, ofFamily(o.alone, f)}
@@ -86,17 +88,17 @@ func (t *iptables) ensure(ctx context.Context, own []endpoint, o standing) (miss
 	return missing, err
 }
 
-func ofFamily(es []endpoint, f family) []endpoint {
-	var own []endpoint
+func ofFamily(es []desired.Endpoint, f family) []desired.Endpoint {
+	var own []desired.Endpoint
 	for _, e := range es {
-		if familyOf(e.addr) == f {
+		if familyOf(e.Addr) == f {
 			own = append(own, e)
 		}
 	}
 	return own
 }
 
-func (t *iptables) serve(es []endpoint) {
+func (t *iptables) serve(es []desired.Endpoint) {
 	t.heart.only(es)
 	for _, f := range []family{ipv4, ipv6} {
 		if !t.families[f].noRecent {
@@ -105,7 +107,7 @@ func (t *iptables) serve(es []endpoint) {
 	}
 }
 
-func (t *iptables) leave(ctx context.Context, gone []endpoint) (err error) {
+func (t *iptables) leave(ctx context.Context, gone []desired.Endpoint) (err error) {
 	for _, f := range []family{ipv4, ipv6} {
 		x, mine := t.families[f], ofFamily(gone, f)
 		if len(mine) > 0 && x.written {
@@ -117,7 +119,7 @@ func (t *iptables) leave(ctx context.Context, gone []endpoint) (err error) {
 
 // ensure is firewall.ensure for one family. It asks iptables once for its version, runs
 // iptables-save twice and, only where something is to change, iptables-restore once.
-func (x *xtables) ensure(ctx context.Context, own []endpoint, o standing) (missing int, err error) {
+func (x *xtables) ensure(ctx context.Context, own []desired.Endpoint, o standing) (missing int, err error) {
 	if err := x.know(ctx); err != nil {
 		return 0, err
 	}
@@ -157,9 +159,9 @@ func (x *xtables) ensure(ctx context.Context, own []endpoint, o standing) (missi
 	if err != nil {
 		return 0, err
 	}
-	if len(own) > 0 && !x.noRecent && notWritable(recentPath(own[0].addr)) {
+	if len(own) > 0 && !x.noRecent && notWritable(recentPath(own[0].Addr)) {
 		x.noRecent, x.noList = true, true
-		log.Warningf("%s can't be written: when this process dies, the node's own programs will not fall back to the cluster", recentPath(own[0].addr))
+		log.Warningf("%s can't be written: when this process dies, the node's own programs will not fall back to the cluster", recentPath(own[0].Addr))
 		if have, err = x.look(ctx, "raw", "filter"); err == nil {
 			err = x.write(ctx, x.plan(have, own, o), true)
 		}
@@ -196,7 +198,7 @@ func mayLackRecent(err error) bool {
 
 // leave takes the rules for new UDP queries to gone out of the table raw. All others stay
 // as they stand.
-func (x *xtables) leave(ctx context.Context, gone []endpoint) error {
+func (x *xtables) leave(ctx context.Context, gone []desired.Endpoint) error {
 	have, err := x.look(ctx, "raw")
 	if err != nil {
 		return err

@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/desired"
 )
 
 const (
@@ -56,11 +58,11 @@ func newHeart(flushed func()) *heart {
 }
 
 // beat starts to keep the rules for the addresses of es in force.
-func (h *heart) beat(es []endpoint) {
+func (h *heart) beat(es []desired.Endpoint) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	for _, e := range es {
-		h.addrs[e.addr] = true
+		h.addrs[e.Addr] = true
 	}
 	h.write()
 	if h.stop == nil && len(h.addrs) > 0 {
@@ -70,12 +72,12 @@ func (h *heart) beat(es []endpoint) {
 }
 
 // only puts the rules for every address that is not in es out of force.
-func (h *heart) only(es []endpoint) {
+func (h *heart) only(es []desired.Endpoint) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	stay := map[netip.Addr]bool{}
 	for _, e := range es {
-		stay[e.addr] = true
+		stay[e.Addr] = true
 	}
 	for a := range h.addrs {
 		if !stay[a] {

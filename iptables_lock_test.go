@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/desired"
 )
 
 // lock takes the lock of the legacy variant, as another iptables would.
@@ -147,7 +149,7 @@ func TestDeadlineOfNodeBoundsItsFirewalls(t *testing.T) {
 	must(t, n.do(func() error {
 		n.deadline = time.Now().Add(1900 * time.Millisecond)
 		defer func() { n.deadline = time.Time{} }()
-		wantError(t, n.rules(state{}), "another program has held the xtables lock ("+lockFile()+") for 1s")
+		wantError(t, n.rules(desired.State{}), "another program has held the xtables lock ("+lockFile()+") for 1s")
 		return nil
 	}))
 	unlock()

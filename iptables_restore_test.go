@@ -6,6 +6,8 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/desired"
 )
 
 var update = flag.Bool("update", false, "write the files testdata/*.golden anew")
@@ -44,7 +46,7 @@ func TestInputOfIPTablesRestore(t *testing.T) {
 `),
 		"filter": saved(t, "filter", ""),
 	}
-	script := func(x *xtables, have map[string]*table, own []endpoint, o standing) []byte {
+	script := func(x *xtables, have map[string]*table, own []desired.Endpoint, o standing) []byte {
 		return x.plan(have, own, o).script()
 	}
 	for name, input := range map[string][]byte{

@@ -4,6 +4,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/desired"
 )
 
 // ours returns the lines of our chains, of both families.
@@ -34,10 +36,10 @@ func TestNothingIsWrittenForOthers(t *testing.T) {
 	variants(t, func(t *testing.T, v *variant) {
 		fw := newIPTables(nil)
 		own := dnsOn("169.254.20.10", "fd00:20::10")
-		claim := []endpoint{
-			{addr: addr("10.250.0.2"), proto: "tcp", port: 22},
-			{addr: addr("10.0.0.9"), proto: "udp\nCOMMIT\n*nat\n-A PREROUTING -j ACCEPT", port: 53},
-			{addr: addr("fe80::1%x\nCOMMIT\n*nat"), proto: "udp", port: 53},
+		claim := []desired.Endpoint{
+			{Addr: addr("10.250.0.2"), Proto: "tcp", Port: 22},
+			{Addr: addr("10.0.0.9"), Proto: "udp\nCOMMIT\n*nat\n-A PREROUTING -j ACCEPT", Port: 53},
+			{Addr: addr("fe80::1%x\nCOMMIT\n*nat"), Proto: "udp", Port: 53},
 		}
 		for range 2 {
 			n, err := fw.ensure(t.Context(), own, standing{others: claim, unknown: true})
@@ -64,7 +66,7 @@ func TestRulesOfOthersStandVerbatim(t *testing.T) {
 		v.run(t, "iptables", "-t", "raw", "-A", "NODECACHE-PREROUTING", "-d", "169.254.20.11", "-p", "udp", "--dport", "53", "-m", "ttl", "--ttl-gt", "3",
 			"-m", "comment", "--comment", "nodecache: far queries to 169.254.20.11:53/udp", "-j", "NOTRACK")
 		before := v.ours(t)
-		stand := func(what string, o standing, es []endpoint) {
+		stand := func(what string, o standing, es []desired.Endpoint) {
 			t.Helper()
 			_, err := fw.ensure(t.Context(), es, o)
 			must(t, err)

@@ -6,19 +6,21 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/desired"
 )
 
 // dnsOn returns the endpoints of port 53 on each address.
-func dnsOn(list ...string) (es []endpoint) {
+func dnsOn(list ...string) (es []desired.Endpoint) {
 	for _, a := range addrs(list...) {
-		es = append(es, endpoint{addr: a, proto: "udp", port: 53}, endpoint{addr: a, proto: "tcp", port: 53})
+		es = append(es, desired.Endpoint{Addr: a, Proto: "udp", Port: 53}, desired.Endpoint{Addr: a, Proto: "tcp", Port: 53})
 	}
-	slices.SortFunc(es, compareEndpoints)
+	slices.SortFunc(es, desired.Compare)
 	return es
 }
 
-func extraPort(a string, port uint16) endpoint {
-	return endpoint{addr: addr(a), proto: "tcp", port: port, extra: true}
+func extraPort(a string, port uint16) desired.Endpoint {
+	return desired.Endpoint{Addr: addr(a), Proto: "tcp", Port: port, Extra: true}
 }
 
 // printed is a table as a variant's program prints it.
@@ -124,7 +126,7 @@ func TestForeignRulesAreUntouched(t *testing.T) {
 				return out.String()
 			}
 			fw := newIPTables(nil)
-			for _, es := range [][]endpoint{dnsOn("169.254.20.10", "fd00:20::10"), dnsOn("fd00:20::10"), dnsOn("10.96.0.10")} {
+			for _, es := range [][]desired.Endpoint{dnsOn("169.254.20.10", "fd00:20::10"), dnsOn("fd00:20::10"), dnsOn("10.96.0.10")} {
 				_, err := fw.ensure(t.Context(), es, standing{})
 				must(t, err)
 				for f, x := range fw.families {
@@ -152,7 +154,7 @@ func TestEnsureRepairs(t *testing.T) {
 			if program == "ip6tables" {
 				es = dnsOn("fd00:20::10")
 			}
-			f := familyOf(es[0].addr)
+			f := familyOf(es[0].Addr)
 			fw := newIPTables(nil)
 			_, err := fw.ensure(t.Context(), es, standing{})
 			must(t, err)
@@ -309,11 +311,11 @@ func TestNumberOfProcesses(t *testing.T) {
 	variants(t, func(t *testing.T, v *variant) {
 		v.count(t)
 		for _, k := range []int{1, 50} {
-			var es []endpoint
+			var es []desired.Endpoint
 			for i := range k {
 				es = append(es, dnsOn(fmt.Sprintf("169.254.20.%d", i+1), fmt.Sprintf("fd00:20::%d", i+1))...)
 			}
-			slices.SortFunc(es, compareEndpoints)
+			slices.SortFunc(es, desired.Compare)
 			fw := newIPTables(nil)
 			_, err := fw.ensure(t.Context(), es, standing{})
 			must(t, err)

@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"net/netip"
 	"strings"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/desired"
 )
 
 // hooks are our chains, and where each is jumped to from.
@@ -73,7 +75,7 @@ func (t *table) jumps(h hook) (lines []string) {
 // rule is one rule of one of our chains.
 type rule struct {
 	words         string // what its comment says before the endpoint
-	e             endpoint
+	e             desired.Endpoint
 	match, target string
 }
 
@@ -100,8 +102,8 @@ const (
 )
 
 // newUDP tells whether a rule of the table raw leads new UDP queries here.
-func newUDP(h hook, words string, e endpoint) bool {
-	return h.table == "raw" && e.proto == "udp" && !strings.HasPrefix(words, "answers ")
+func newUDP(h hook, words string, e desired.Endpoint) bool {
+	return h.table == "raw" && e.Proto == "udp" && !strings.HasPrefix(words, "answers ")
 }
 
 // readRule reads a line of iptables-save as a rule that some release of nodecache has
@@ -122,13 +124,13 @@ func readRule(line string) (r rule, ok bool) {
 	if !ok || err != nil || ap.Addr().Zone() != "" || proto != "udp" && proto != "tcp" {
 		return r, false
 	}
-	r.words, r.e = comment[:at], endpoint{addr: ap.Addr(), proto: proto, port: ap.Port()}
+	r.words, r.e = comment[:at], desired.Endpoint{Addr: ap.Addr(), Proto: proto, Port: ap.Port()}
 	return r, r.comment() == "nodecache: "+comment
 }
 
 // set is endpoints, whosever port they are.
-func set(es []endpoint) map[endpoint]bool {
-	s := make(map[endpoint]bool, len(es))
+func set(es []desired.Endpoint) map[desired.Endpoint]bool {
+	s := make(map[desired.Endpoint]bool, len(es))
 	for _, e := range plain(es) {
 		s[e] = true
 	}
@@ -164,7 +166,7 @@ func (p plan) changes() bool {
 
 // plan returns what has to be written for own. Rules that stand for what only other
 // processes want stay as they are printed, and are not written where they are missing.
-func (x *xtables) plan(have map[string]*table, own []endpoint, o standing) (p plan) {
+func (x *xtables) plan(have map[string]*table, own []desired.Endpoint, o standing) (p plan) {
 	mine, theirs, leaving, alone := set(own), set(o.others), set(o.leaving), set(o.alone)
 	stays := len(own) > 0 || o.unknown && len(alone) == 0
 	for _, h := range hooks {
@@ -258,11 +260,11 @@ func (p plan) script() []byte {
 
 // rules returns the rules of one of our chains for es, without those for new UDP
 // queries to what is in leaving.
-func (x *xtables) rules(h hook, es []endpoint, leaving map[endpoint]bool) (rs []rule) {
+func (x *xtables) rules(h hook, es []desired.Endpoint, leaving map[desired.Endpoint]bool) (rs []rule) {
 	for _, e := range es {
-		to := fmt.Sprintf("-d %s -p %s -m %s --dport %d", e.addr, e.proto, e.proto, e.port)
-		from := fmt.Sprintf("-s %s -p %s -m %s --sport %d", e.addr, e.proto, e.proto, e.port)
-		left := leaving[endpoint{addr: e.addr, proto: e.proto, port: e.port}]
+		to := fmt.Sprintf("-d %s -p %s -m %s --dport %d", e.Addr, e.Proto, e.Proto, e.Port)
+		from := fmt.Sprintf("-s %s -p %s -m %s --sport %d", e.Addr, e.Proto, e.Proto, e.Port)
+		left := leaving[desired.Endpoint{Addr: e.Addr, Proto: e.Proto, Port: e.Port}]
 		add := func(words, match, target string) {
 			if !left || !newUDP(h, words, e) {
 				rs = append(rs, rule{words, e, match, target})
@@ -270,7 +272,7 @@ func (x *xtables) rules(h hook, es []endpoint, leaving map[endpoint]bool) (rs []
 		}
 		switch h {
 		case hook{"raw", "PREROUTING", "NODECACHE-PREROUTING"}:
-			if e.extra { // health and metrics may listen on the wildcard
+			if e.Extra { // health and metrics may listen on the wildcard
 				add(requestsTo, to+" -m socket --nowildcard", "NOTRACK")
 			} else {
 				add(queriesTo, to+" -m socket", "NOTRACK")
@@ -280,7 +282,7 @@ func (x *xtables) rules(h hook, es []endpoint, leaving map[endpoint]bool) (rs []
 			if x.noRecent {
 				add(unguardedTo, to+" -m addrtype --dst-type LOCAL", "NOTRACK")
 			} else {
-				add(ownQueriesTo, to+fmt.Sprintf(" -m recent --rcheck --seconds %d --name %s --rdest", beatSeconds, recentName(e.addr)), "NOTRACK")
+				add(ownQueriesTo, to+fmt.Sprintf(" -m recent --rcheck --seconds %d --name %s --rdest", beatSeconds, recentName(e.Addr)), "NOTRACK")
 			}
 		case hook{"filter", "INPUT", "NODECACHE-INPUT"}:
 			add(queriesTo, to, "ACCEPT")

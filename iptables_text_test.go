@@ -6,6 +6,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/desired"
 )
 
 // The heads of what iptables-save prints, by version and variant. What follows is the
@@ -115,7 +117,7 @@ func FuzzSave(f *testing.F) {
 			}
 			have[name] = got
 		}
-		var own []endpoint
+		var own []desired.Endpoint
 		if owned {
 			own = dnsOn("10.96.0.10")
 		}
@@ -150,11 +152,11 @@ func FuzzSave(f *testing.F) {
 }
 
 // manyDNS is port 53 on so many addresses.
-func manyDNS(n int) (es []endpoint) {
+func manyDNS(n int) (es []desired.Endpoint) {
 	for i := range n {
 		es = append(es, dnsOn(fmt.Sprintf("10.1.%d.%d", i/250, i%250+1))...)
 	}
-	slices.SortFunc(es, compareEndpoints)
+	slices.SortFunc(es, desired.Compare)
 	return es
 }
 

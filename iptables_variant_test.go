@@ -10,6 +10,8 @@ import (
 	"regexp"
 	"strings"
 	"testing"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/desired"
 )
 
 // programs are those that the backend runs, for both families.
@@ -157,12 +159,12 @@ var hostPrefix = regexp.MustCompile(`/(32|128)\b`)
 
 // wantRules checks that the kernel has in our chains exactly the rules for es, in
 // order, and one jump to each chain, the first of its built-in chain.
-func wantRules(t *testing.T, v *variant, x *xtables, es []endpoint) {
+func wantRules(t *testing.T, v *variant, x *xtables, es []desired.Endpoint) {
 	t.Helper()
 	wantChains(t, v, x, es, nil)
 }
 
-func wantChains(t *testing.T, v *variant, x *xtables, es, leaving []endpoint) {
+func wantChains(t *testing.T, v *variant, x *xtables, es, leaving []desired.Endpoint) {
 	t.Helper()
 	for _, h := range hooks {
 		have := v.printed(t, x.family, h.table)

@@ -9,6 +9,8 @@ import (
 
 	_ "github.com/coredns/coredns/plugin/pprof"
 	_ "github.com/coredns/coredns/plugin/ready"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/desired"
 )
 
 // Plugins that begin to listen while CoreDNS serves and is reloaded get in nobody's way.
@@ -16,13 +18,13 @@ func TestLatecomersListenAmidReloads(t *testing.T) {
 	c := newCoreDNS(t)
 	dnsserver.Directives = []string{"bind", "nodecache", "ready", "pprof", "whoami"}
 	var held []net.Listener
-	var at []endpoint
+	var at []desired.Endpoint
 	for range 2 {
 		l, err := net.Listen("tcp", "127.0.0.1:0")
 		must(t, err)
 		t.Cleanup(func() { l.Close() })
 		held = append(held, l)
-		at = append(at, endpoint{addr: addr("127.0.0.1"), proto: "tcp", port: l.Addr().(*net.TCPAddr).AddrPort().Port()})
+		at = append(at, desired.Endpoint{Addr: addr("127.0.0.1"), Proto: "tcp", Port: l.Addr().(*net.TCPAddr).AddrPort().Port()})
 	}
 	corefile := serverBlock("example.org", "", "169.254.20.10") +
 		fmt.Sprintf("example.net:5399 {\nbind 127.0.0.1\nready %s\npprof %s\n}\n", held[0].Addr(), held[1].Addr())

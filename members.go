@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/desired"
 )
 
 // Several processes may serve on one node: a pair for high availability, or the
@@ -40,10 +42,10 @@ var memberSockets = socketKind{unix.SOCK_STREAM, unix.BPF_TCP_LISTEN, func(name 
 // others is what all other processes on the node want together.
 type others struct {
 	// wants has of iptables rules those alone that stand in this process's variant, or may.
-	wants   state
-	stays   state // of wants, what somebody is not about to give up
-	leaving state // of wants, what somebody is about to give up
-	serves  map[endpoint]bool
+	wants   desired.State
+	stays   desired.State // of wants, what somebody is not about to give up
+	leaving desired.State // of wants, what somebody is about to give up
+	serves  map[desired.Endpoint]bool
 	// variants are those of iptables in which others have rules; "" is of those that do
 	// not say it.
 	variants map[string]bool

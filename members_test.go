@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/desired"
 )
 
 // newTwin returns another process's part, as newTestNode.
@@ -180,22 +182,22 @@ func TestMemberShowsWhatItWantsUntilItHides(t *testing.T) {
 	needRoot(t)
 	a, b := newMember(), newMember()
 	defer b.hide()
-	p := presence{Links: map[string][]netip.Addr{testLink: addrs("169.254.20.10")}, Rules: show(dnsOn("fd00:20::10")), Serves: show([]endpoint{extraPort("10.96.0.10", 8080)})}
+	p := presence{Links: map[string][]netip.Addr{testLink: addrs("169.254.20.10")}, Rules: show(dnsOn("fd00:20::10")), Serves: show([]desired.Endpoint{extraPort("10.96.0.10", 8080)})}
 	ask := func() others {
 		o, err := a.ask(askLimit)
 		must(t, err)
 		return o
 	}
-	if o := ask(); !o.wants.empty() || len(o.serves) > 0 || o.unknown {
+	if o := ask(); !o.wants.Empty() || len(o.serves) > 0 || o.unknown {
 		t.Errorf("before anybody shows: %+v", o)
 	}
 	must(t, b.show(p))
 	for range 2 { // an accepted connection is no further member
 		o := ask()
-		if got := o.wants.links[testLink]; list(got) != "169.254.20.10" {
+		if got := o.wants.Links[testLink]; list(got) != "169.254.20.10" {
 			t.Errorf("wanted on the link are %v", got)
 		}
-		if got := o.wants.rules[backendIPT]; list(got) != dnsOf("fd00:20::10") {
+		if got := o.wants.Rules[backendIPT]; list(got) != dnsOf("fd00:20::10") {
 			t.Errorf("wanted rules are for %v", got)
 		}
 		if !o.serves[extraPort("10.96.0.10", 8080)] || len(o.serves) != 1 || o.unknown {
@@ -204,24 +206,24 @@ func TestMemberShowsWhatItWantsUntilItHides(t *testing.T) {
 	}
 	p.LeavingLinks, p.LeavingRules = p.Links, p.Rules[:1]
 	must(t, b.show(p))
-	if o := ask(); list(o.leaving.rules[backendIPT]) != list(shown(p.Rules[:1])) || list(o.stays.rules[backendIPT]) != list(shown(p.Rules[1:])) || len(o.stays.links) != 0 {
+	if o := ask(); list(o.leaving.Rules[backendIPT]) != list(shown(p.Rules[:1])) || list(o.stays.Rules[backendIPT]) != list(shown(p.Rules[1:])) || len(o.stays.Links) != 0 {
 		t.Errorf("while it leaves: %+v", o)
 	}
 	must(t, b.show(presence{}))
-	if o := ask(); !o.wants.empty() || len(o.serves) > 0 {
+	if o := ask(); !o.wants.Empty() || len(o.serves) > 0 {
 		t.Errorf("after it wants nothing: %+v", o)
 	}
 	b.hide()
 	b.hide()
-	if o := ask(); !o.wants.empty() || o.unknown {
+	if o := ask(); !o.wants.Empty() || o.unknown {
 		t.Errorf("after it is gone: %+v", o)
 	}
 	must(t, b.show(p))
-	if o := ask(); o.wants.empty() {
+	if o := ask(); o.wants.Empty() {
 		t.Error("it shows itself again, unseen")
 	}
 	// To oneself one is no other.
-	if o, err := b.ask(askLimit); err != nil || !o.wants.empty() {
+	if o, err := b.ask(askLimit); err != nil || !o.wants.Empty() {
 		t.Errorf("it sees itself: %+v, error %v", o, err)
 	}
 }
@@ -316,7 +318,7 @@ func TestOtherUsersAreIgnored(t *testing.T) {
 	listenAs(t, 65534, memberPrefix+"0000000000000002")
 	o, err := a.member.ask(askLimit)
 	must(t, err)
-	if o.unknown || !o.wants.empty() || len(o.serves) > 0 || len(o.states) > 0 {
+	if o.unknown || !o.wants.Empty() || len(o.serves) > 0 || len(o.states) > 0 {
 		t.Errorf("of another user's process it takes %+v", o)
 	}
 	up(t, a, demand(t, "", "", "169.254.20.10"))
@@ -334,7 +336,7 @@ func TestRootsProcessIsAsked(t *testing.T) {
 	listenAs(t, 0, memberPrefix+"0000000000000003")
 	o, err := a.member.ask(askLimit)
 	must(t, err)
-	if o.wants.empty() || o.states[processServing] != 1 {
+	if o.wants.Empty() || o.states[processServing] != 1 {
 		t.Errorf("of root's process it takes %+v", o)
 	}
 }

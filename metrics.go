@@ -8,6 +8,8 @@ import (
 	"github.com/coredns/coredns/plugin"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promauto"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/desired"
 )
 
 // Kinds of setup errors, as node-cache of kubernetes/dns labels them.
@@ -199,7 +201,7 @@ func init() {
 func (n *node) observe() {
 	defer outlive("counting what is in place")
 	links, addrs, inPlaceLinks, inPlaceAddrs := 0, 0, 0, 0
-	for name, want := range n.want.links {
+	for name, want := range n.want.Links {
 		links++
 		addrs += len(want)
 		l, err := linkByName(name)
@@ -218,7 +220,7 @@ func (n *node) observe() {
 		}
 	}
 	rules, inPlaceRules := 0, 0
-	for backend, es := range n.want.rules {
+	for backend, es := range n.want.Rules {
 		rules += len(es)
 		if !n.faulty[backend] {
 			inPlaceRules += len(es)
@@ -245,14 +247,14 @@ func (n *node) observe() {
 }
 
 // describe sets the metric info.
-func (n *node) describe(target state) {
+func (n *node) describe(target desired.State) {
 	kinds, backends := map[string]bool{}, map[string]bool{}
-	for name := range target.links {
+	for name := range target.Links {
 		if i := n.netifs[name]; i != nil {
 			kinds[i.kind] = true
 		}
 	}
-	for name := range target.rules {
+	for name := range target.Rules {
 		backends[n.firewalls[name].String()] = true
 	}
 	info.Reset()

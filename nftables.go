@@ -13,6 +13,8 @@ import (
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/desired"
 )
 
 // nft is the firewall backend that speaks netlink with nf_tables itself. All its
@@ -28,7 +30,7 @@ type nft struct {
 	table *nftables.Table
 	sets  map[setOf]*nftables.Set
 	// has is what the kernel had in the sets at the last look, or change.
-	has map[setOf]map[endpoint]bool
+	has map[setOf]map[desired.Endpoint]bool
 }
 
 // setOf names one of the table's sets.
@@ -53,7 +55,7 @@ func newNFT() *nft { return &nft{} }
 
 func (t *nft) String() string { return "nftables" }
 
-func (t *nft) ensure(_ context.Context, es []endpoint, _ standing) (missing int, err error) {
+func (t *nft) ensure(_ context.Context, es []desired.Endpoint, _ standing) (missing int, err error) {
 	es = plain(es)
 	if t.table != nil {
 		switch missing, err = t.readBack(); {
@@ -83,18 +85,18 @@ func (t *nft) ensure(_ context.Context, es []endpoint, _ standing) (missing int,
 		}
 	}
 	want := setOfAll(es)
-	return missing, t.change(es, func(role string, e endpoint, stands bool) bool {
+	return missing, t.change(es, func(role string, e desired.Endpoint, stands bool) bool {
 		return want[e] && (stands || role == roleAnswers)
 	})
 }
 
-func (t *nft) serve(es []endpoint) {
+func (t *nft) serve(es []desired.Endpoint) {
 	es = plain(es)
 	if t.table == nil {
 		return
 	}
 	served := setOfAll(es)
-	err := t.change(es, func(role string, e endpoint, stands bool) bool {
+	err := t.change(es, func(role string, e desired.Endpoint, stands bool) bool {
 		switch role {
 		case roleQueries:
 			// Where there is no socket the rule for queries is out of force anyway,
@@ -110,28 +112,28 @@ func (t *nft) serve(es []endpoint) {
 	}
 }
 
-func (t *nft) leave(_ context.Context, gone []endpoint) error {
+func (t *nft) leave(_ context.Context, gone []desired.Endpoint) error {
 	if t.table == nil {
 		return nil
 	}
 	left := setOfAll(plain(gone))
-	return t.change(nil, func(role string, e endpoint, stands bool) bool {
-		return stands && (role == roleAnswers || e.proto != "udp" || !left[e])
+	return t.change(nil, func(role string, e desired.Endpoint, stands bool) bool {
+		return stands && (role == roleAnswers || e.Proto != "udp" || !left[e])
 	})
 }
 
 // plain returns es as this backend tells them apart: whose port it is does not
 // matter to its rules.
-func plain(es []endpoint) []endpoint {
+func plain(es []desired.Endpoint) []desired.Endpoint {
 	es = slices.Clone(es)
 	for i := range es {
-		es[i].extra = false
+		es[i].Extra = false
 	}
 	return es
 }
 
-func setOfAll(es []endpoint) map[endpoint]bool {
-	set := map[endpoint]bool{}
+func setOfAll(es []desired.Endpoint) map[desired.Endpoint]bool {
+	set := map[desired.Endpoint]bool{}
 	for _, e := range es {
 		set[e] = true
 	}
@@ -146,7 +148,7 @@ func (t *nft) create() (err error) {
 	id := make([]byte, 4) // a process's number is not unique among containers
 	rand.Read(id)
 	t.table = t.conn.CreateTable(&nftables.Table{Family: nftables.TableFamilyINet, Name: "nodecache-" + hex.EncodeToString(id), Flags: nftables.TableFlagOwner})
-	t.sets, t.has = map[setOf]*nftables.Set{}, map[setOf]map[endpoint]bool{}
+	t.sets, t.has = map[setOf]*nftables.Set{}, map[setOf]map[desired.Endpoint]bool{}
 	chains := map[string]*nftables.Chain{}
 	for name, hook := range hooksOfNFT {
 		chains[name] = t.conn.AddChain(&nftables.Chain{Name: name, Table: t.table, Type: nftables.ChainTypeFilter, Hooknum: hook, Priority: nftables.ChainPriorityRaw})
@@ -158,7 +160,7 @@ func (t *nft) create() (err error) {
 			if f == ipv6 {
 				addr = nftables.TypeIP6Addr
 			}
-			t.has[s] = map[endpoint]bool{}
+			t.has[s] = map[desired.Endpoint]bool{}
 			t.sets[s] = &nftables.Set{
 				Table: t.table, Name: fmt.Sprintf("%s%d", r.role, f), Concatenation: true,
 				KeyType: nftables.MustConcatSetType(nftables.TypeInetProto, addr, nftables.TypeInetService),
@@ -208,22 +210,22 @@ func lookup(s setOf, set *nftables.Set) []expr.Any {
 
 // change has each set hold what wanted says of it, asked about what the set has and
 // about es, as one transaction.
-func (t *nft) change(es []endpoint, wanted func(role string, e endpoint, stands bool) bool) error {
-	next := map[setOf]map[endpoint]bool{}
+func (t *nft) change(es []desired.Endpoint, wanted func(role string, e desired.Endpoint, stands bool) bool) error {
+	next := map[setOf]map[desired.Endpoint]bool{}
 	for s, has := range t.has {
 		var comes, leaves []nftables.SetElement
-		next[s] = map[endpoint]bool{}
+		next[s] = map[desired.Endpoint]bool{}
 		for e := range has {
 			if wanted(s.role, e, true) {
 				next[s][e] = true
 			} else {
-				leaves = append(leaves, nftables.SetElement{Key: e.key()})
+				leaves = append(leaves, nftables.SetElement{Key: elementKey(e)})
 			}
 		}
 		for _, e := range es {
-			if familyOf(e.addr) == s.family && !has[e] && !next[s][e] && wanted(s.role, e, false) {
+			if familyOf(e.Addr) == s.family && !has[e] && !next[s][e] && wanted(s.role, e, false) {
 				next[s][e] = true
-				comes = append(comes, nftables.SetElement{Key: e.key()})
+				comes = append(comes, nftables.SetElement{Key: elementKey(e)})
 			}
 		}
 		// The errors of these two are those of marshalling values of fixed length.
@@ -245,14 +247,14 @@ func (t *nft) change(es []endpoint, wanted func(role string, e endpoint, stands 
 // readBack takes over what the kernel has in the sets, and returns how many endpoints
 // it lacks of what was written.
 func (t *nft) readBack() (missing int, err error) {
-	gone := map[endpoint]bool{}
-	has := map[setOf]map[endpoint]bool{}
+	gone := map[desired.Endpoint]bool{}
+	has := map[setOf]map[desired.Endpoint]bool{}
 	for s, set := range t.sets {
 		elements, err := nfLook.GetSetElements(set)
 		if err != nil {
 			return 0, err
 		}
-		has[s] = map[endpoint]bool{}
+		has[s] = map[desired.Endpoint]bool{}
 		for _, el := range elements {
 			if e, ok := endpointOfKey(el.Key); ok {
 				has[s][e] = true
@@ -268,24 +270,24 @@ func (t *nft) readBack() (missing int, err error) {
 	return len(gone), nil
 }
 
-// key is e as an element: protocol, address and port, each padded to 4 bytes.
-func (e endpoint) key() []byte {
+// elementKey is e as an element: protocol, address and port, each padded to 4 bytes.
+func elementKey(e desired.Endpoint) []byte {
 	proto := byte(unix.IPPROTO_UDP)
-	if e.proto == "tcp" {
+	if e.Proto == "tcp" {
 		proto = unix.IPPROTO_TCP
 	}
-	k := append([]byte{proto, 0, 0, 0}, e.addr.AsSlice()...)
-	return append(binary.BigEndian.AppendUint16(k, e.port), 0, 0)
+	k := append([]byte{proto, 0, 0, 0}, e.Addr.AsSlice()...)
+	return append(binary.BigEndian.AppendUint16(k, e.Port), 0, 0)
 }
 
 // endpointOfKey is the endpoint of an element, if it is one of ours.
-func endpointOfKey(k []byte) (e endpoint, ok bool) {
+func endpointOfKey(k []byte) (e desired.Endpoint, ok bool) {
 	if len(k) < 8 {
 		return e, false
 	}
 	addr, ok := netip.AddrFromSlice(k[4 : len(k)-4])
-	e = endpoint{addr: addr, proto: map[byte]string{unix.IPPROTO_UDP: "udp", unix.IPPROTO_TCP: "tcp"}[k[0]], port: binary.BigEndian.Uint16(k[len(k)-4:])}
-	return e, ok && e.proto != ""
+	e = desired.Endpoint{Addr: addr, Proto: map[byte]string{unix.IPPROTO_UDP: "udp", unix.IPPROTO_TCP: "tcp"}[k[0]], Port: binary.BigEndian.Uint16(k[len(k)-4:])}
+	return e, ok && e.Proto != ""
 }
 
 func (t *nft) flush(doing string) error {

@@ -9,6 +9,8 @@ import (
 	"testing"
 
 	"github.com/google/nftables"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/desired"
 )
 
 // nftOwn returns the tables that nodecache processes have.
@@ -36,7 +38,7 @@ func elements(t testing.TB) map[string]string {
 	}
 	sets, err := c.GetSets(own[0])
 	must(t, err)
-	got := map[string][]endpoint{}
+	got := map[string][]desired.Endpoint{}
 	for _, s := range sets {
 		els, err := c.GetSetElements(s)
 		must(t, err)
@@ -44,7 +46,7 @@ func elements(t testing.TB) map[string]string {
 		for _, el := range els {
 			k := el.Key
 			a, _ := netip.AddrFromSlice(k[4 : len(k)-4])
-			e := endpoint{addr: a, proto: map[byte]string{6: "tcp", 17: "udp"}[k[0]], port: binary.BigEndian.Uint16(k[len(k)-4:])}
+			e := desired.Endpoint{Addr: a, Proto: map[byte]string{6: "tcp", 17: "udp"}[k[0]], Port: binary.BigEndian.Uint16(k[len(k)-4:])}
 			if fmt.Sprint(familyOf(a)) != s.Name[len(role):] {
 				t.Errorf("%s is in the set %s", e, s.Name)
 			}
@@ -53,7 +55,7 @@ func elements(t testing.TB) map[string]string {
 	}
 	out := map[string]string{}
 	for role, es := range got {
-		slices.SortFunc(es, compareEndpoints)
+		slices.SortFunc(es, desired.Compare)
 		out[role] = list(es)
 	}
 	return out
@@ -111,7 +113,7 @@ func TestNFTLeaveTakesNewUDPQueriesOnly(t *testing.T) {
 	must(t, err)
 	fw.serve(es)
 	must(t, fw.leave(t.Context(), dnsOn("169.254.20.10")))
-	rest := list(slices.DeleteFunc(slices.Clone(es), func(e endpoint) bool { return e == dnsOn("169.254.20.10")[0] }))
+	rest := list(slices.DeleteFunc(slices.Clone(es), func(e desired.Endpoint) bool { return e == dnsOn("169.254.20.10")[0] }))
 	wantElements(t, rest, all, rest)
 	must(t, fw.leave(t.Context(), dnsOn("169.254.20.10"))) // again
 	wantElements(t, rest, all, rest)
@@ -136,7 +138,7 @@ func TestNFTReloadKeepsWhatStays(t *testing.T) {
 // More elements than a netlink message or a socket's usual buffer holds.
 func TestNFTTakesManyEndpoints(t *testing.T) {
 	fw := newTestNFT(t)
-	var es []endpoint
+	var es []desired.Endpoint
 	for i := range 2500 {
 		es = append(es, dnsOn(fmt.Sprintf("10.%d.%d.1", 1+i/250, i%250), fmt.Sprintf("fd00:20::%x", i+1))...)
 	}
@@ -152,7 +154,7 @@ func TestNFTTakesManyEndpoints(t *testing.T) {
 	}
 	_, err = fw.ensure(t.Context(), es[:4], standing{})
 	must(t, err)
-	slices.SortFunc(es[:4], compareEndpoints)
+	slices.SortFunc(es[:4], desired.Compare)
 	wantElements(t, list(es[:4]), list(es[:4]), list(es[:4]))
 }
 
@@ -230,7 +232,7 @@ func TestNodeWithNFTables(t *testing.T) {
 	up(t, n, cfg)
 	want := dnsOn("169.254.20.10", "fd00:20::10")
 	want = append(want, extraPort("169.254.20.10", 8080), extraPort("fd00:20::10", 8080))
-	slices.SortFunc(want, compareEndpoints)
+	slices.SortFunc(want, desired.Compare)
 	wantElements(t, list(want), list(want), list(want))
 	n.exit()
 	c, err := nftables.New()

@@ -15,6 +15,8 @@ import (
 
 	"github.com/coredns/caddy"
 	"golang.org/x/time/rate"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/desired"
 )
 
 const (
@@ -77,18 +79,18 @@ type node struct {
 	watching watched
 	calm     *rate.Limiter // of repairs
 	fighting bool          // that limit was reached
-	leaving  state         // of want, what this process is about to give up
-	alone    state         // of leaving at an exit, what goes although somebody is silent
+	leaving  desired.State // of want, what this process is about to give up
+	alone    desired.State // of leaving at an exit, what goes although somebody is silent
 	deadline time.Time     // of an exit's work, or of a start's undoing; zero: none
 	left     leftRules
 
-	running  *config // in force, nil before the first
-	starting *config // of an instance that is on its way up
-	want     state   // what was last made to stand
-	added    made    // by the last start, beside what was there
+	running  *config       // in force, nil before the first
+	starting *config       // of an instance that is on its way up
+	want     desired.State // what was last made to stand
+	added    made          // by the last start, beside what was there
 	// goal is what the last reduction was to leave; owing says that it has not been
 	// reached, since something failed, and is tried again after pause.
-	goal      state
+	goal      desired.State
 	owing     bool
 	pause     time.Duration
 	netifs    map[string]*netif
@@ -124,7 +126,7 @@ func newNode() *node {
 	}
 	n.syncTick.Stop()
 	n.exiting, n.beginExit = context.WithCancel(context.Background())
-	n.fast = fastpath{answering: &n.answering, listeners: map[endpoint]*fastListener{}}
+	n.fast = fastpath{answering: &n.answering, listeners: map[desired.Endpoint]*fastListener{}}
 	return n
 }
 
@@ -201,7 +203,7 @@ func (n *node) links() (names []string) {
 	n.do(func() error {
 		names = slices.Collect(maps.Keys(n.netifs))
 		o, err := n.member.ask(askLimit)
-		names = slices.AppendSeq(names, maps.Keys(o.wants.links))
+		names = slices.AppendSeq(names, maps.Keys(o.wants.Links))
 		return err
 	})
 	return names
@@ -230,10 +232,10 @@ func (n *node) inTurn(f func() error) error {
 }
 
 // show tells the other processes what this one wants, and what it serves.
-func (n *node) show(want state, serves []endpoint) error {
+func (n *node) show(want desired.State, serves []desired.Endpoint) error {
 	p := presence{
-		Links: want.links, Rules: show(want.rules[backendIPT]), Serves: show(serves),
-		LeavingLinks: n.leaving.links, LeavingRules: show(n.leaving.rules[backendIPT]),
+		Links: want.Links, Rules: show(want.Rules[backendIPT]), Serves: show(serves),
+		LeavingLinks: n.leaving.Links, LeavingRules: show(n.leaving.Rules[backendIPT]),
 	}
 	if t, ok := n.firewalls[backendIPT].(interface{ variant() string }); ok {
 		p.Variant = t.variant()
@@ -264,7 +266,7 @@ func (n *node) bring(cfg *config) error {
 	began := time.Now()
 	was := n.want
 	target := cfg.state(false, n.resolve)
-	want := was.union(target)
+	want := was.Union(target)
 	// Shown before anything is made: who leaves meanwhile leaves it in place.
 	if err := n.show(want, n.serves()); err != nil {
 		return err
@@ -295,13 +297,13 @@ func (n *node) bring(cfg *config) error {
 	// What cfg does not have is left while the old servers still read: they stop to
 	// read, with their sockets open, as soon as the new ones listen.
 	n.want, n.starting = want, cfg
-	n.leave(was.minus(target))
+	n.leave(was.Minus(target))
 	if n.running != nil {
-		n.serve(was.only(target))
+		n.serve(was.Only(target))
 		n.readOut()
 	}
 	n.tick(cfg.sync())
-	if !want.empty() {
+	if !want.Empty() {
 		n.watch()
 	}
 	first := !caddy.Started()
@@ -334,14 +336,14 @@ func (n *node) over() {
 	n.ready.Store(false)
 	n.syncTick.Stop()
 	n.fast.only(nil)
-	if n.reduceTo(state{}) {
+	if n.reduceTo(desired.State{}) {
 		log.Infof("no server block in force has nodecache; nothing of it is on the node any more")
 	}
-	n.serve(state{})
+	n.serve(desired.State{})
 }
 
 // serves returns what CoreDNS listens on for the configuration in force, and goes on to.
-func (n *node) serves() []endpoint {
+func (n *node) serves() []desired.Endpoint {
 	if n.running == nil || n.exited {
 		return nil
 	}
@@ -352,9 +354,9 @@ func (n *node) serves() []endpoint {
 type made map[*netif][]netip.Addr
 
 // prepare makes the links, tries the ports, and adds the addresses.
-func (n *node) prepare(cfg *config, want state) (made, error) {
+func (n *node) prepare(cfg *config, want desired.State) (made, error) {
 	added := made{}
-	for name := range want.links {
+	for name := range want.Links {
 		if n.netifs[name] == nil {
 			n.netifs[name] = &netif{name: name}
 		}
@@ -363,27 +365,27 @@ func (n *node) prepare(cfg *config, want state) (made, error) {
 			added[n.netifs[name]] = nil
 		}
 		if err != nil {
-			if !n.netifs[name].made && len(n.want.links[name]) == 0 {
+			if !n.netifs[name].made && len(n.want.Links[name]) == 0 {
 				delete(n.netifs, name) // not ours
 			}
 			return added, err
 		}
 	}
-	mine := map[endpoint]bool{}
+	mine := map[desired.Endpoint]bool{}
 	if n.running != nil {
 		for _, e := range n.running.listeners() {
 			mine[e] = true
 		}
 	}
 	for _, e := range cfg.listeners() {
-		if mine[e] || e.proto == "udp" && cfg.addrs[e.addr].foreign {
+		if mine[e] || e.Proto == "udp" && cfg.addrs[e.Addr].foreign {
 			continue
 		}
 		if err := tryPort(e); err != nil {
 			return added, errorAt(cfg.wants[e].at, "%w", err)
 		}
 	}
-	for name, addrs := range want.links {
+	for name, addrs := range want.Links {
 		missing, err := n.netifs[name].ensure(addrs)
 		added[n.netifs[name]] = append(added[n.netifs[name]], missing...)
 		if err != nil {
@@ -394,7 +396,7 @@ func (n *node) prepare(cfg *config, want state) (made, error) {
 }
 
 // undo leads back from a start that failed to the state before it.
-func (n *node) undo(was state, added made) error {
+func (n *node) undo(was desired.State, added made) error {
 	// It may be an exit that has cut the start short.
 	n.deadline = time.Now().Add(exitLeast)
 	defer func() { n.deadline = time.Time{} }()
@@ -405,12 +407,12 @@ func (n *node) undo(was state, added made) error {
 		case err != nil:
 			errs = append(errs, err)
 		case l == nil:
-		case i.made && len(was.links[i.name]) == 0:
+		case i.made && len(was.Links[i.name]) == 0:
 			errs = append(errs, i.prune(nil))
 		default:
 			errs = append(errs, i.remove(l, addrs))
 		}
-		if len(was.links[i.name]) == 0 {
+		if len(was.Links[i.name]) == 0 {
 			delete(n.netifs, i.name)
 		}
 	}
@@ -419,12 +421,12 @@ func (n *node) undo(was state, added made) error {
 
 // ensure adds to the node what of want is missing, addresses before rules, and
 // counts it by object. It takes away rules that want does not have, no address.
-func (n *node) ensure(want state) (missing map[string]int, err error) {
+func (n *node) ensure(want desired.State) (missing map[string]int, err error) {
 	missing = map[string]int{}
 	ctx, cancel := n.limit()
 	defer cancel()
 	var errs []error
-	for name, addrs := range want.links {
+	for name, addrs := range want.Links {
 		if n.netifs[name] == nil {
 			n.netifs[name] = &netif{name: name}
 		}
@@ -436,13 +438,13 @@ func (n *node) ensure(want state) (missing map[string]int, err error) {
 		missing[objectAddress] += len(gone)
 		errs = append(errs, err)
 	}
-	for b := range want.rules {
+	for b := range want.Rules {
 		fw, err := n.backend(b)
 		if err != nil {
 			errs = append(errs, err)
 			continue
 		}
-		gone, err := fw.ensure(ctx, want.rules[b], n.standing(b))
+		gone, err := fw.ensure(ctx, want.Rules[b], n.standing(b))
 		n.faulty[b] = err != nil
 		missing[objectRule] += gone
 		errs = append(errs, err)
@@ -451,12 +453,12 @@ func (n *node) ensure(want state) (missing map[string]int, err error) {
 }
 
 // rules makes the rules of want stand, and no others of ours.
-func (n *node) rules(want state) error {
+func (n *node) rules(want desired.State) error {
 	ctx, cancel := n.limit()
 	defer cancel()
 	var errs []error
 	for name, fw := range n.firewalls {
-		_, err := fw.ensure(ctx, want.rules[name], n.standing(name))
+		_, err := fw.ensure(ctx, want.Rules[name], n.standing(name))
 		errs = append(errs, err)
 	}
 	return errors.Join(errs...)
@@ -466,7 +468,7 @@ func (n *node) rules(want state) error {
 // is tried again with growing pauses and at each sync. The callbacks that call it must not
 // fail: for an error of OnShutdown caddy takes a reload as failed, although the new
 // instance serves, and never reloads by itself again.
-func (n *node) reduceTo(want state) (done bool) {
+func (n *node) reduceTo(want desired.State) (done bool) {
 	n.goal, n.pause = want, retryFirst
 	return n.tryGoal()
 }
@@ -494,7 +496,7 @@ func (n *node) settle() {
 // processes: rules first, since an address that goes before its rules is a
 // black hole. It shows the others the new want in the same turn, so that the last
 // one to leave knows that it is.
-func (n *node) reduce(want state) error {
+func (n *node) reduce(want desired.State) error {
 	defer n.observe()
 	if n.exited || n.running == nil {
 		// Before the others are asked: of two that leave at once, without a turn if
@@ -503,9 +505,9 @@ func (n *node) reduce(want state) error {
 	}
 	return n.inTurn(func() error {
 		left := n.leaving
-		n.leaving = state{}
+		n.leaving = desired.State{}
 		if n.exited && n.others.unknown {
-			n.alone = n.servedAlone(n.want.minus(want))
+			n.alone = n.servedAlone(n.want.Minus(want))
 		}
 		if !n.exited && n.running != nil {
 			if err := n.show(want, n.serves()); err != nil {
@@ -513,14 +515,14 @@ func (n *node) reduce(want state) error {
 				return err
 			}
 		}
-		if n.owing || !left.empty() || !maps.EqualFunc(want.rules, n.want.rules, slices.Equal) {
+		if n.owing || !left.Empty() || !maps.EqualFunc(want.Rules, n.want.Rules, slices.Equal) {
 			if err := n.rules(want); err != nil {
 				n.leaving = left
 				return err
 			}
 		}
 		for name, i := range n.netifs {
-			i.prefer(want.minus(want.minus(left)).links[name]) // what stays after all
+			i.prefer(want.Minus(want.Minus(left)).Links[name]) // what stays after all
 		}
 		n.sweep()
 		n.want = want
@@ -529,15 +531,15 @@ func (n *node) reduce(want state) error {
 }
 
 // prune takes from our links what nobody wants, and links left empty.
-func (n *node) prune(want state) error {
+func (n *node) prune(want desired.State) error {
 	if n.others.unknown {
 		return n.pruneAlone()
 	}
 	var errs []error
-	all := want.union(n.others.wants)
+	all := want.Union(n.others.wants)
 	for name, i := range n.netifs {
-		errs = append(errs, i.prune(all.links[name]))
-		if len(want.links[name]) == 0 {
+		errs = append(errs, i.prune(all.Links[name]))
+		if len(want.Links[name]) == 0 {
 			delete(n.netifs, name)
 		}
 	}
@@ -548,7 +550,7 @@ func (n *node) prune(want state) error {
 // away what nobody else serves.
 func (n *node) pruneAlone() error {
 	var errs []error
-	for name, addrs := range n.alone.links {
+	for name, addrs := range n.alone.Links {
 		l, err := linkByName(name)
 		if i := n.netifs[name]; err == nil && l != nil && i != nil {
 			if err = i.remove(l, addrs); err == nil {
@@ -562,9 +564,9 @@ func (n *node) pruneAlone() error {
 
 // servedAlone returns what of s no other process wants, or has a socket on: a process that
 // does not say what it wants may still serve.
-func (n *node) servedAlone(s state) state {
-	var es []endpoint
-	for _, rules := range s.rules {
+func (n *node) servedAlone(s desired.State) desired.State {
+	var es []desired.Endpoint
+	for _, rules := range s.Rules {
 		es = append(es, rules...)
 	}
 	if n.running != nil {
@@ -572,15 +574,15 @@ func (n *node) servedAlone(s state) state {
 	}
 	shared, served := map[netip.Addr]bool{}, strangers(es)
 	for e := range served {
-		shared[e.addr] = true
+		shared[e.Addr] = true
 	}
-	s = s.minus(n.others.wants)
-	a := state{links: map[string][]netip.Addr{}, rules: map[string][]endpoint{}}
-	for name, addrs := range s.links {
-		a.links[name] = slices.DeleteFunc(slices.Clone(addrs), func(x netip.Addr) bool { return shared[x] })
+	s = s.Minus(n.others.wants)
+	a := desired.State{Links: map[string][]netip.Addr{}, Rules: map[string][]desired.Endpoint{}}
+	for name, addrs := range s.Links {
+		a.Links[name] = slices.DeleteFunc(slices.Clone(addrs), func(x netip.Addr) bool { return shared[x] })
 	}
-	for backend, rules := range s.rules {
-		a.rules[backend] = slices.DeleteFunc(slices.Clone(rules), func(e endpoint) bool { return served[e] != "" })
+	for backend, rules := range s.Rules {
+		a.Rules[backend] = slices.DeleteFunc(slices.Clone(rules), func(e desired.Endpoint) bool { return served[e] != "" })
 	}
 	return a
 }
@@ -651,7 +653,7 @@ func (n *node) complete(cfg *config, began time.Time) {
 		}
 		kinds = append(kinds, fmt.Sprintf("%s (%s, %s)", name, i.kind, how))
 	}
-	for name := range target.rules {
+	for name := range target.Rules {
 		fws = append(fws, n.firewalls[name].String())
 	}
 	slices.Sort(kinds)
@@ -670,8 +672,8 @@ func orNone(s []string, none string) string {
 // leave begins to give up going, and says so to the others: what nobody else stays
 // for gets no new UDP queries, and the node's own programs do not send from its
 // addresses any more. The next reduce ends this state.
-func (n *node) leave(going state) {
-	if going.empty() && !n.exited {
+func (n *node) leave(going desired.State) {
+	if going.Empty() && !n.exited {
 		return
 	}
 	err := n.inTurn(func() error {
@@ -679,8 +681,8 @@ func (n *node) leave(going state) {
 		if err := n.show(n.want, n.serves()); err != nil {
 			log.Errorf("%v", err)
 		}
-		gone := going.minus(n.others.stays)
-		for name, addrs := range gone.links {
+		gone := going.Minus(n.others.stays)
+		for name, addrs := range gone.Links {
 			if i := n.netifs[name]; i != nil {
 				i.unprefer(addrs)
 			}
@@ -688,7 +690,7 @@ func (n *node) leave(going state) {
 		ctx, cancel := n.limit()
 		defer cancel()
 		var errs []error
-		for name, es := range gone.rules {
+		for name, es := range gone.Rules {
 			if fw := n.firewalls[name]; fw != nil {
 				errs = append(errs, fw.leave(ctx, es))
 			}
@@ -714,7 +716,7 @@ func (n *node) revert(cfg *config) {
 		return
 	}
 	n.do(func() error {
-		if (n.starting == nil || n.starting == cfg) && n.leaving.empty() || n.exited {
+		if (n.starting == nil || n.starting == cfg) && n.leaving.Empty() || n.exited {
 			return nil
 		}
 		n.running, n.starting = cfg, nil
@@ -808,12 +810,12 @@ func (n *node) exit() {
 		kept := cfg.state(true, n.resolve)
 		// While it waits to leave, it answers all that comes.
 		n.deadline = later(began, by.Add(-drainLimit-exitLeast)).Add(exitLeast / 5)
-		n.leave(n.want.minus(kept))
+		n.leave(n.want.Minus(kept))
 		es := cfg.listeners()
 		if n.starting != nil && n.starting != cfg {
 			es = append(es, n.starting.listeners()...)
 		}
-		givenUp := n.drain(es, !kept.empty(), earlier(time.Now().Add(drainLimit), by.Add(-exitLeast)))
+		givenUp := n.drain(es, !kept.Empty(), earlier(time.Now().Add(drainLimit), by.Add(-exitLeast)))
 		n.deadline = by
 		left := n.reduceBy(kept, by)
 		took := time.Since(began).Round(time.Millisecond)
@@ -824,9 +826,9 @@ func (n *node) exit() {
 		switch _, rulesGo := n.firewalls[backendNFT]; {
 		case left != nil:
 			log.Errorf("left after %s, but not all of nodecache is off the node: %v; the next nodecache process here takes over what has stayed, which is without effect on queries until then", took, count(left))
-		case !n.others.wants.empty() || n.others.unknown:
+		case !n.others.wants.Empty() || n.others.unknown:
 			log.Infof("left after %s; what another process serves stays in place", took)
-		case kept.empty():
+		case kept.Empty():
 			log.Infof("left after %s; nothing of nodecache is on the node any more", took)
 		case rulesGo:
 			log.Infof("left after %s; skipteardown keeps the addresses, but nftables' rules go with the process", took)
@@ -853,7 +855,7 @@ func earlier(a, b time.Time) time.Time {
 
 // reduceBy tries to reach what is to stay after an exit until it has or its time is up,
 // and returns what has failed then.
-func (n *node) reduceBy(kept state, by time.Time) error {
+func (n *node) reduceBy(kept desired.State, by time.Time) error {
 	for {
 		err := n.reduce(kept)
 		if err == nil {
@@ -876,19 +878,19 @@ func (n *node) reduceBy(kept state, by time.Time) error {
 // whose rules must stay for the connections that there are. So then the listening
 // sockets go, and with them the guard lets new connections pass by. Where address
 // and rules stay (kept), the same goes for UDP in the end.
-func (n *node) drain(es []endpoint, kept bool, deadline time.Time) (open int64) {
-	var shared, tcp, udp []endpoint
+func (n *node) drain(es []desired.Endpoint, kept bool, deadline time.Time) (open int64) {
+	var shared, tcp, udp []desired.Endpoint
 	for _, e := range es {
 		switch {
 		case n.others.serves[e]:
 			shared = append(shared, e)
-		case e.proto == "tcp":
+		case e.Proto == "tcp":
 			tcp = append(tcp, e)
 		case kept:
 			udp = append(udp, e)
 		}
 	}
-	for i, leaving := range [][]endpoint{shared, tcp, udp} {
+	for i, leaving := range [][]desired.Endpoint{shared, tcp, udp} {
 		if i == 2 && len(leaving) == 0 {
 			continue
 		}
@@ -915,11 +917,11 @@ func (n *node) drain(es []endpoint, kept bool, deadline time.Time) (open int64) 
 // readOut has the old servers read, in a reload, what has arrived for what they
 // leave: they stop to read soon, and what they have not read then is lost.
 func (n *node) readOut() {
-	if len(n.leaving.rules) == 0 {
+	if len(n.leaving.Rules) == 0 {
 		return
 	}
 	time.Sleep(underWay)
-	for _, es := range n.leaving.rules {
+	for _, es := range n.leaving.Rules {
 		if err := readOut(es, time.Now().Add(readOutLimit)); err != nil {
 			log.Errorf("leaving: %v", err)
 		}
@@ -927,12 +929,12 @@ func (n *node) readOut() {
 }
 
 // onlyShared returns what of want other processes serve too.
-func (n *node) onlyShared() state {
-	s := state{rules: map[string][]endpoint{}}
-	for b, es := range n.want.rules {
+func (n *node) onlyShared() desired.State {
+	s := desired.State{Rules: map[string][]desired.Endpoint{}}
+	for b, es := range n.want.Rules {
 		for _, e := range es {
 			if n.others.serves[e] {
-				s.rules[b] = append(s.rules[b], e)
+				s.Rules[b] = append(s.Rules[b], e)
 			}
 		}
 	}
@@ -962,13 +964,13 @@ func (n *node) repair(links bool, why string) {
 	if !links && n.owing {
 		n.settle()
 	}
-	if n.want.empty() {
+	if n.want.Empty() {
 		return
 	}
 	var missing map[string]int
 	var err error
 	if links {
-		missing, err = n.ensure(state{links: n.want.links})
+		missing, err = n.ensure(desired.State{Links: n.want.Links})
 	} else {
 		err = n.inTurn(func() (err error) {
 			missing, err = n.ensure(n.want)
@@ -1009,8 +1011,8 @@ func (n *node) repair(links bool, why string) {
 }
 
 // serve tells the firewalls that what want has rules for is listened on.
-func (n *node) serve(want state) {
+func (n *node) serve(want desired.State) {
 	for name, fw := range n.firewalls {
-		fw.serve(want.rules[name])
+		fw.serve(want.Rules[name])
 	}
 }

@@ -17,6 +17,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/desired"
 )
 
 // fakeFirewall notes what it is told and what the link carried then.
@@ -25,15 +27,15 @@ type fakeFirewall struct {
 	mu sync.Mutex
 	// calls are such as "ensure 10.96.0.10:53/udp,10.96.0.10:53/tcp on 10.96.0.10".
 	calls  []string
-	rules  []endpoint // as ensured
-	served []endpoint
+	rules  []desired.Endpoint // as ensured
+	served []desired.Endpoint
 	lost   int // how many the next ensure finds missing
 	heeded standing
 	fault  func(call string) error
 	during func(call string)
 }
 
-func (f *fakeFirewall) call(what string, es []endpoint) error {
+func (f *fakeFirewall) call(what string, es []desired.Endpoint) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.calls = append(f.calls, fmt.Sprintf("%s %s on %s", what, list(es), list(carried(f.t, testLink))))
@@ -46,7 +48,7 @@ func (f *fakeFirewall) call(what string, es []endpoint) error {
 	return nil
 }
 
-func (f *fakeFirewall) ensure(_ context.Context, own []endpoint, o standing) (int, error) {
+func (f *fakeFirewall) ensure(_ context.Context, own []desired.Endpoint, o standing) (int, error) {
 	if err := f.call("ensure", own); err != nil {
 		return 0, err
 	}
@@ -55,34 +57,34 @@ func (f *fakeFirewall) ensure(_ context.Context, own []endpoint, o standing) (in
 	n := f.lost
 	es := slices.Clone(own)
 	if o.unknown {
-		es = state{rules: map[string][]endpoint{"": append(es, f.rules...)}}.sorted().rules[""]
+		es = desired.State{Rules: map[string][]desired.Endpoint{"": append(es, f.rules...)}}.Sorted().Rules[""]
 	}
 	f.rules, f.lost, f.heeded = es, 0, o
 	return n, nil
 }
 
-func (f *fakeFirewall) serve(es []endpoint) {
+func (f *fakeFirewall) serve(es []desired.Endpoint) {
 	f.call("serve", es)
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.served = slices.Clone(es)
 }
 
-func (f *fakeFirewall) leave(_ context.Context, gone []endpoint) error {
+func (f *fakeFirewall) leave(_ context.Context, gone []desired.Endpoint) error {
 	return f.call("leave", gone)
 }
 
 func (f *fakeFirewall) String() string { return "fake" }
 
 // stand returns what is ensured and what is served.
-func (f *fakeFirewall) stand() (rules, served []endpoint) {
+func (f *fakeFirewall) stand() (rules, served []desired.Endpoint) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return slices.Clone(f.rules), slices.Clone(f.served)
 }
 
 // keeps returns what the last ensure was told that others want.
-func (f *fakeFirewall) keeps() []endpoint {
+func (f *fakeFirewall) keeps() []desired.Endpoint {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return f.heeded.others
@@ -548,7 +550,7 @@ func TestFailedStartLeavesEverythingAsBefore(t *testing.T) {
 		for _, reload := range []bool{false, true} {
 			t.Run(fmt.Sprintf("%s, reload=%v", f.name, reload), func(t *testing.T) {
 				n, fw := newTestNode(t)
-				var want []endpoint
+				var want []desired.Endpoint
 				old := demand(t, "", "", "127.0.0.53", "fd00:20::9")
 				if reload {
 					up(t, n, old)
@@ -790,17 +792,17 @@ func TestConfigs(t *testing.T) {
 	if got := b.sync(); got != defaultSync {
 		t.Errorf("sync is %s", got)
 	}
-	if u, w := a.state(false, same).union(b.state(false, same)), b.state(false, same); fmt.Sprint(u) != fmt.Sprint(w) {
+	if u, w := a.state(false, same).Union(b.state(false, same)), b.state(false, same); fmt.Sprint(u) != fmt.Sprint(w) {
 		t.Errorf("the union is %v, want %v", u, w)
 	}
-	if gone := b.state(false, same).minus(a.state(false, same)); list(gone.rules[backendIPT]) != dnsOf("fd00:20::10") || list(gone.links[testLink]) != "fd00:20::10" {
+	if gone := b.state(false, same).Minus(a.state(false, same)); list(gone.Rules[backendIPT]) != dnsOf("fd00:20::10") || list(gone.Links[testLink]) != "fd00:20::10" {
 		t.Errorf("gone are %v", gone)
 	}
-	if !a.state(true, same).empty() || b.state(true, same).empty() {
+	if !a.state(true, same).Empty() || b.state(true, same).Empty() {
 		t.Error("only the second one is kept")
 	}
 	var none *config
-	if !none.state(false, same).empty() {
+	if !none.state(false, same).Empty() {
 		t.Error("no config wants something")
 	}
 	if a.auto() {

@@ -14,6 +14,8 @@ import (
 	"github.com/coredns/caddy/caddyfile"
 	"github.com/coredns/coredns/core/dnsserver"
 	"golang.org/x/sys/unix"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/desired"
 )
 
 // lookupLimit bounds the wait for the address of a name, which can be asked of ourselves.
@@ -23,7 +25,7 @@ const lookupLimit = 2 * time.Second
 type otherPort struct {
 	at     string // "file:line"
 	plugin string // "" for a server block's own
-	e      endpoint
+	e      desired.Endpoint
 }
 
 // standardPorts are the plugins that listen on TCP for something else than DNS, with what
@@ -41,7 +43,7 @@ func otherPorts(c *caddy.Controller) (ports []otherPort, err error) {
 	seen := map[otherPort]bool{}
 	add := func(p otherPort) {
 		where := otherPort{plugin: p.plugin, e: p.e}
-		if p.e.port != 0 && !seen[where] {
+		if p.e.Port != 0 && !seen[where] {
 			seen[where] = true
 			ports = append(ports, p)
 		}
@@ -115,7 +117,7 @@ func begin(file string, b caddyfile.ServerBlock) string {
 }
 
 // blockPorts returns what the i-th server block, which has so many keys, listens on.
-func blockPorts(c *caddy.Controller, i, keys int) (es []endpoint) {
+func blockPorts(c *caddy.Controller, i, keys int) (es []desired.Endpoint) {
 	of := *c // CoreDNS hands out the settings of a controller's own block
 	of.ServerBlockIndex, of.ServerBlockKeyIndex = i, 0
 	hosts := dnsserver.GetConfig(&of).ListenHosts
@@ -127,7 +129,7 @@ func blockPorts(c *caddy.Controller, i, keys int) (es []endpoint) {
 		}
 		for _, host := range hosts {
 			e, ok := resolve(net.JoinHostPort(host, key.Port))
-			for _, e.proto = range protos {
+			for _, e.Proto = range protos {
 				if ok {
 					es = append(es, e)
 				}
@@ -138,7 +140,7 @@ func blockPorts(c *caddy.Controller, i, keys int) (es []endpoint) {
 }
 
 // resolve returns what Go listens on for an address such as localhost:9153 or :8080.
-func resolve(addr string) (e endpoint, ok bool) {
+func resolve(addr string) (e desired.Endpoint, ok bool) {
 	host, service, err := net.SplitHostPort(addr)
 	if err != nil || strings.Contains(host, "%") { // of one link only
 		return e, false
@@ -149,14 +151,14 @@ func resolve(addr string) (e endpoint, ok bool) {
 	if err != nil {
 		return e, false
 	}
-	e = endpoint{proto: "tcp", port: uint16(port)}
+	e = desired.Endpoint{Proto: "tcp", Port: uint16(port)}
 	addrs, err := net.DefaultResolver.LookupNetIP(ctx, "ip", cmp.Or(host, "::"))
 	if err != nil || len(addrs) == 0 {
 		return e, false
 	}
-	e.addr = addrs[max(0, slices.IndexFunc(addrs, is4))].Unmap()
-	if e.addr.IsUnspecified() {
-		e.addr = wildcard()
+	e.Addr = addrs[max(0, slices.IndexFunc(addrs, is4))].Unmap()
+	if e.Addr.IsUnspecified() {
+		e.Addr = wildcard()
 	}
 	return e, true
 }
@@ -176,7 +178,7 @@ func wildcard() netip.Addr {
 // try tells whether CoreDNS will be able to listen on p. Where a UDP socket can't hide
 // from the queries of those that serve already, that is left for CoreDNS to see.
 func (p otherPort) try(carriers map[netip.Addr][]string) error {
-	if p.e.proto == "udp" && (p.e.addr.IsUnspecified() || slices.Contains(carriers[p.e.addr], "lo")) {
+	if p.e.Proto == "udp" && (p.e.Addr.IsUnspecified() || slices.Contains(carriers[p.e.Addr], "lo")) {
 		return nil
 	}
 	// dnstap shares with nobody, not even with a twin of ours.

@@ -6,6 +6,8 @@ import (
 	"net/netip"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/desired"
 )
 
 // loopback is the index of the device lo in every network namespace.
@@ -18,17 +20,17 @@ const loopback = 1
 // address that another link carries or will carry: to the kernel even the node's
 // own queries come in through that link (rt_iif, ip_route_output_key_hash_rcu in
 // net/ipv4/route.c; ip6_rcv_core). So no query is taken from a twin that serves.
-func tryPort(e endpoint) error { return tryBind(e, true) }
+func tryPort(e desired.Endpoint) error { return tryBind(e, true) }
 
 // tryBind is tryPort for one who shares the address with others of ours, or with nobody.
-func tryBind(e endpoint, share bool) error {
+func tryBind(e desired.Endpoint, share bool) error {
 	domain, typ := unix.AF_INET, unix.SOCK_STREAM
-	var sa unix.Sockaddr = &unix.SockaddrInet4{Addr: as4(e.addr), Port: int(e.port)}
-	if e.addr.Is6() {
-		domain, sa = unix.AF_INET6, &unix.SockaddrInet6{Addr: e.addr.As16(), Port: int(e.port)}
+	var sa unix.Sockaddr = &unix.SockaddrInet4{Addr: as4(e.Addr), Port: int(e.Port)}
+	if e.Addr.Is6() {
+		domain, sa = unix.AF_INET6, &unix.SockaddrInet6{Addr: e.Addr.As16(), Port: int(e.Port)}
 	}
-	if e.proto == "udp" {
-		if e.addr.IsLoopback() {
+	if e.Proto == "udp" {
+		if e.Addr.IsLoopback() {
 			return nil // nowhere to hide: let CoreDNS try
 		}
 		typ = unix.SOCK_DGRAM
@@ -46,7 +48,7 @@ func tryBind(e endpoint, share bool) error {
 	if share {
 		set(unix.SOL_SOCKET, unix.SO_REUSEPORT, 1)
 	}
-	if e.addr.Is6() {
+	if e.Addr.Is6() {
 		set(unix.SOL_IPV6, unix.IPV6_V6ONLY, 0) // as for Go's listeners on all addresses
 		set(unix.SOL_IPV6, unix.IPV6_FREEBIND, 1)
 	} else {

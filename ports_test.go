@@ -9,6 +9,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/desired"
 )
 
 func TestTakenPortIsNamedWithItsHolder(t *testing.T) {
@@ -38,9 +40,9 @@ func TestTakenPortIsNamedWithItsHolder(t *testing.T) {
 		{"udp", "169.254.20.10:53", "10.96.0.10", ""}, // not on the node yet
 	} {
 		t.Run(test.proto+" "+test.holder+" "+test.wanted, func(t *testing.T) {
-			e := endpoint{addr: addr(test.wanted), proto: test.proto[:3], port: 53}
+			e := desired.Endpoint{Addr: addr(test.wanted), Proto: test.proto[:3], Port: 53}
 			var close func() error
-			if e.proto == "udp" {
+			if e.Proto == "udp" {
 				c, err := net.ListenPacket(test.proto, test.holder)
 				must(t, err)
 				close = c.Close
@@ -78,7 +80,7 @@ func TestReuseportTwinIsNoConflict(t *testing.T) {
 
 func TestUDPPortOnLoopbackIsNotTried(t *testing.T) {
 	e := local(t, "127.0.0.1", "udp")
-	c, err := net.ListenPacket("udp", netip.AddrPortFrom(e.addr, e.port).String())
+	c, err := net.ListenPacket("udp", netip.AddrPortFrom(e.Addr, e.Port).String())
 	must(t, err)
 	defer c.Close()
 	wantError(t, tryPort(e), "") // it would take a twin's queries
@@ -107,8 +109,8 @@ func TestTryingPortTakesNoQueryFromTwin(t *testing.T) {
 				}
 			}
 		})
-		at := netip.AddrPortFrom(e.addr, e.port).String()
-		if e.proto == "udp" {
+		at := netip.AddrPortFrom(e.Addr, e.Port).String()
+		if e.Proto == "udp" {
 			all.Go(func() {
 				buf := make([]byte, 10)
 				for {
@@ -132,7 +134,7 @@ func TestTryingPortTakesNoQueryFromTwin(t *testing.T) {
 			})
 		}
 		for i := range 2000 {
-			if err := ask(e.proto, at); err != nil {
+			if err := ask(e.Proto, at); err != nil {
 				t.Errorf("%s: query %d of 2000: %v", e, i, err)
 				break
 			}

@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"io"
 	"net/netip"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/desired"
 )
 
 // presence is what one process shows the others, as JSON. A version only ever adds
@@ -128,12 +130,12 @@ func checkShown(a netip.Addr) error {
 }
 
 // shownState returns links and rules as a state.
-func shownState(links map[string][]netip.Addr, rules []shownEndpoint) state {
-	s := state{links: links, rules: map[string][]endpoint{}}
+func shownState(links map[string][]netip.Addr, rules []shownEndpoint) desired.State {
+	s := desired.State{Links: links, Rules: map[string][]desired.Endpoint{}}
 	if len(rules) > 0 {
-		s.rules[backendIPT] = shown(rules)
+		s.Rules[backendIPT] = shown(rules)
 	}
-	return state{}.union(s) // a copy, which can be sorted
+	return desired.State{}.Union(s) // a copy, which can be sorted
 }
 
 type shownEndpoint struct {
@@ -143,16 +145,16 @@ type shownEndpoint struct {
 	Extra bool       `json:"extra,omitempty"`
 }
 
-func show(es []endpoint) (ss []shownEndpoint) {
+func show(es []desired.Endpoint) (ss []shownEndpoint) {
 	for _, e := range es {
-		ss = append(ss, shownEndpoint{e.addr, e.proto, e.port, e.extra})
+		ss = append(ss, shownEndpoint{e.Addr, e.Proto, e.Port, e.Extra})
 	}
 	return ss
 }
 
-func shown(ss []shownEndpoint) (es []endpoint) {
+func shown(ss []shownEndpoint) (es []desired.Endpoint) {
 	for _, s := range ss {
-		es = append(es, endpoint{s.Addr, s.Proto, s.Port, s.Extra})
+		es = append(es, desired.Endpoint{Addr: s.Addr, Proto: s.Proto, Port: s.Port, Extra: s.Extra})
 	}
 	return es
 }

@@ -7,6 +7,8 @@ import (
 	"net/netip"
 	"strings"
 	"testing"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/desired"
 )
 
 // What release 0.1.0 says is understood as it is.
@@ -38,8 +40,8 @@ func many(addresses int) presence {
 	for i := range addresses {
 		a := addr(fmt.Sprintf("fd00:1234:5678:9abc:def0:1234:5678:%04x", 0xa000+i))
 		p.Links["nodelocaldns12"] = append(p.Links["nodelocaldns12"], a)
-		for _, e := range []endpoint{{a, "udp", 53, false}, {a, "tcp", 53, false}, {a, "tcp", 853, false}, {a, "tcp", 8443, true}} {
-			p.Rules = append(p.Rules, show([]endpoint{e})...)
+		for _, e := range []desired.Endpoint{{Addr: a, Proto: "udp", Port: 53}, {Addr: a, Proto: "tcp", Port: 53}, {Addr: a, Proto: "tcp", Port: 853}, {Addr: a, Proto: "tcp", Port: 8443, Extra: true}} {
+			p.Rules = append(p.Rules, show([]desired.Endpoint{e})...)
 		}
 	}
 	p.Serves, p.LeavingLinks, p.LeavingRules = p.Rules, p.Links, p.Rules

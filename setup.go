@@ -16,6 +16,8 @@ import (
 	"github.com/coredns/coredns/plugin"
 	"github.com/coredns/coredns/plugin/pkg/transport"
 	"github.com/miekg/dns"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/desired"
 )
 
 func init() {
@@ -298,7 +300,7 @@ func (c *config) add(b *block, hosts, keys []string) error {
 		}
 		addrs = append(addrs, a)
 	}
-	var es []endpoint
+	var es []desired.Endpoint
 	for _, key := range keys {
 		protos, port, err := parseKey(key)
 		if err != nil {
@@ -309,7 +311,7 @@ func (c *config) add(b *block, hosts, keys []string) error {
 		}
 		for _, a := range addrs {
 			for _, proto := range protos {
-				e := endpoint{addr: a, proto: proto, port: port}
+				e := desired.Endpoint{Addr: a, Proto: proto, Port: port}
 				es = append(es, e)
 				if b.fast != nil && proto == "udp" && len(protos) == 2 { // dns://
 					c.fastAt[e] = max(c.fastAt[e], b.fast.entries)
@@ -319,14 +321,14 @@ func (c *config) add(b *block, hosts, keys []string) error {
 	}
 	for _, a := range addrs {
 		for _, port := range b.extra {
-			es = append(es, endpoint{addr: a, proto: "tcp", port: port, extra: true})
+			es = append(es, desired.Endpoint{Addr: a, Proto: "tcp", Port: port, Extra: true})
 		}
 	}
 	for _, e := range es {
-		if e.extra && c.wants[endpoint{addr: e.addr, proto: e.proto, port: e.port}] != nil {
+		if e.Extra && c.wants[desired.Endpoint{Addr: e.Addr, Proto: e.Proto, Port: e.Port}] != nil {
 			continue // CoreDNS itself listens there, the stricter guard serves
 		}
-		delete(c.wants, endpoint{addr: e.addr, proto: e.proto, port: e.port, extra: !e.extra})
+		delete(c.wants, desired.Endpoint{Addr: e.Addr, Proto: e.Proto, Port: e.Port, Extra: !e.Extra})
 		if o := c.wants[e]; o != nil {
 			o.keep = o.keep || b.skipteardown
 		} else {

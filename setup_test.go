@@ -52,7 +52,7 @@ func describe(c *config) (lines []string) {
 		lines = append(lines, fmt.Sprintf("addr %s %s%s", a, p.link, keep[p.keep]))
 	}
 	for e, o := range c.wants {
-		extra := map[bool]string{true: " extra"}[e.extra]
+		extra := map[bool]string{true: " extra"}[e.Extra]
 		lines = append(lines, fmt.Sprintf("want %s %s%s%s", e, o.link, keep[o.keep], extra))
 	}
 	slices.Sort(lines)
@@ -538,7 +538,7 @@ func TestAddressOfAnotherLinkIsServedThere(t *testing.T) {
 	newTestLink(t, "10.96.0.10")
 	in := corefile{"nodecache", "169.254.20.10 10.96.0.10 127.0.0.1", dns53}
 	on := func(cfg *config) []netip.Addr {
-		return cfg.state(false, func(b string) string { return b }).links["nodelocaldns"]
+		return cfg.state(false, func(b string) string { return b }).Links["nodelocaldns"]
 	}
 	cfg, err := checked(t, in)
 	must(t, err)
@@ -597,20 +597,20 @@ func FuzzDirective(f *testing.F) {
 			}
 		}
 		for e, o := range cfg.wants {
-			p := cfg.addrs[e.addr]
+			p := cfg.addrs[e.Addr]
 			if p == nil || p.link != o.link {
 				t.Errorf("%s on %q, but the address is %+v", e, o.link, p)
 			}
-			if e.port == 0 || e.proto != "udp" && e.proto != "tcp" || e.extra && e.proto != "tcp" {
-				t.Errorf("the endpoint %s, extra %v", e, e.extra)
+			if e.Port == 0 || e.Proto != "udp" && e.Proto != "tcp" || e.Extra && e.Proto != "tcp" {
+				t.Errorf("the endpoint %s, extra %v", e, e.Extra)
 			}
 			twin := e
-			if twin.extra = !e.extra; cfg.wants[twin] != nil {
+			if twin.Extra = !e.Extra; cfg.wants[twin] != nil {
 				t.Errorf("%s is wanted with both guards", e)
 			}
 		}
 		s := cfg.state(false, func(b string) string { return b })
-		if kept := cfg.state(true, func(b string) string { return b }); b.skipteardown != !kept.empty() && !s.empty() {
+		if kept := cfg.state(true, func(b string) string { return b }); b.skipteardown != !kept.Empty() && !s.Empty() {
 			t.Errorf("skipteardown is %v, but kept is %v", b.skipteardown, kept)
 		}
 	})

@@ -4,16 +4,18 @@ import (
 	"errors"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/desired"
 )
 
 // ownSockets returns the file descriptors of this process's UDP and listening
 // TCP sockets by what they are bound to. CoreDNS does not hand its sockets out.
-func ownSockets() (map[endpoint][]int, error) {
+func ownSockets() (map[desired.Endpoint][]int, error) {
 	fds, err := descriptors()
 	if err != nil {
 		return nil, err
 	}
-	found := map[endpoint][]int{}
+	found := map[desired.Endpoint][]int{}
 	for _, fd := range fds {
 		if e, ok := boundTo(fd); ok {
 			found[e] = append(found[e], fd)
@@ -22,17 +24,17 @@ func ownSockets() (map[endpoint][]int, error) {
 	return found, nil
 }
 
-func boundTo(fd int) (endpoint, bool) {
-	var e endpoint
+func boundTo(fd int) (desired.Endpoint, bool) {
+	var e desired.Endpoint
 	typ, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_TYPE)
 	if err != nil {
 		return e, false
 	}
 	switch typ {
 	case unix.SOCK_DGRAM:
-		e.proto = "udp"
+		e.Proto = "udp"
 	case unix.SOCK_STREAM:
-		e.proto = "tcp"
+		e.Proto = "tcp"
 		if on, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ACCEPTCONN); err != nil || on == 0 {
 			return e, false
 		}
@@ -44,7 +46,7 @@ func boundTo(fd int) (endpoint, bool) {
 		return e, false
 	}
 	at, ok := addrPort(sa)
-	e.addr, e.port = at.Addr(), at.Port()
+	e.Addr, e.Port = at.Addr(), at.Port()
 	return e, ok
 }
 
@@ -66,7 +68,7 @@ func deepen(fd int) error {
 }
 
 // deepenAll does so for all of this process's UDP sockets on es.
-func deepenAll(es []endpoint) error {
+func deepenAll(es []desired.Endpoint) error {
 	socks, err := ownSockets()
 	if err != nil {
 		return err
@@ -74,7 +76,7 @@ func deepenAll(es []endpoint) error {
 	var errs []error
 	for _, e := range es {
 		for _, fd := range socks[e] {
-			if e.proto == "udp" {
+			if e.Proto == "udp" {
 				errs = append(errs, deepen(fd))
 			}
 		}
@@ -83,7 +85,7 @@ func deepenAll(es []endpoint) error {
 }
 
 // listening tells whether this process has a socket on every one of es.
-func listening(es []endpoint) (bool, error) {
+func listening(es []desired.Endpoint) (bool, error) {
 	have, err := ownSockets()
 	if err != nil {
 		return false, err

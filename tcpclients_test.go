@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/desired"
 )
 
 func connsOf(client string, count int, idle time.Duration) (conns []clientConn) {
@@ -118,7 +120,7 @@ func TestSocketsAreFoundWithoutDescriptors(t *testing.T) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	must(t, err)
 	defer l.Close()
-	e := endpoint{addr: addr("127.0.0.1"), proto: "tcp", port: uint16(l.Addr().(*net.TCPAddr).Port)}
+	e := desired.Endpoint{Addr: addr("127.0.0.1"), Proto: "tcp", Port: uint16(l.Addr().(*net.TCPAddr).Port)}
 	_, err = ownSockets() // as at the start
 	must(t, err)
 	var had unix.Rlimit
@@ -128,7 +130,7 @@ func TestSocketsAreFoundWithoutDescriptors(t *testing.T) {
 	if _, err := os.Open("/dev/null"); err == nil {
 		t.Fatal("there are descriptors left")
 	}
-	if ok, err := listening([]endpoint{e}); !ok || err != nil {
+	if ok, err := listening([]desired.Endpoint{e}); !ok || err != nil {
 		t.Errorf("listening on %s: %v, %v", e, ok, err)
 	}
 	if n, err := descriptorsOpen(); n < 3 || err != nil {

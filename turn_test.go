@@ -48,7 +48,7 @@ func TestTurnIsWaitedFor(t *testing.T) {
 	for _, name := range []string{lockNames[0], lockNames[3]} {
 		eitherWay(t, func(t *testing.T) {
 			fd := bindAs(t, 0, unix.SOCK_STREAM, name, 4096)
-			end, err := turn(t.Context(), 50 * time.Millisecond)
+			end, err := turn(t.Context(), 50*time.Millisecond)
 			must(t, err)
 			if held, err := heldLocks(-1); err != nil || len(held) != 1 || lockNames[held[0]] != name {
 				t.Errorf("held are %v, error %v", held, err)
