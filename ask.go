@@ -67,7 +67,7 @@ func (m *member) ask(within time.Duration) (others, error) {
 
 // peers returns the names to ask, at most peerLimit, those first who have answered before.
 // It forgets who is gone.
-func (m *member) peers(list *sockets) (names []string) {
+func (m *member) peers(list *socketList) (names []string) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	there := map[string]bool{}
@@ -173,7 +173,7 @@ func (m *member) tell(about, what string) {
 	log.Warning(what)
 }
 
-func (m *member) tellStrangers(list sockets) {
+func (m *member) tellStrangers(list socketList) {
 	what := ""
 	if list.strangers > 0 {
 		what = fmt.Sprintf("what %d processes of other users want here is ignored, such as %s: if they are caches of yours, run them as the user %d", list.strangers, list.examples, os.Geteuid())

@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"github.com/contentful-labs/coredns-nodecache/internal/desired"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/outlive"
 )
 
 // faults are what commonly goes wrong on a node although everything of ours stands.
@@ -116,7 +118,7 @@ func (f fault) look(s site) []string {
 	go func() {
 		var texts []string
 		defer func() { result <- texts }()
-		defer outlive("looking for the fault " + f.name)
+		defer outlive.Panic("looking for the fault " + f.name)
 		texts = f.find(s)
 	}()
 	select {

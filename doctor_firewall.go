@@ -12,6 +12,8 @@ import (
 	"github.com/contentful-labs/coredns-nodecache/internal/ruleset"
 
 	"github.com/contentful-labs/coredns-nodecache/internal/desired"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/sockets"
 )
 
 // nodeCacheComment begins the comments of the rules that node-cache of kubernetes/dns
@@ -64,7 +66,7 @@ func rulesOfNodeCache(s site) []string {
 // the queries.
 func sharedPort(s site) (found []string) {
 	udp := slices.DeleteFunc(slices.Clone(s.listeners), func(e desired.Endpoint) bool { return e.Proto != "udp" })
-	by := strangers(udp)
+	by := sockets.Strangers(udp)
 	if len(by) == 0 {
 		return nil
 	}

@@ -58,7 +58,7 @@ func TestNetworkManager(t *testing.T) {
 	}
 }
 
-// Other caches are no strangers, and are asked once, however many addresses there are.
+// Other caches are no sockets.Strangers, and are asked once, however many addresses there are.
 func TestSharedPort(t *testing.T) {
 	newTestLink(t, "169.254.20.10", "10.96.0.10")
 	for _, a := range []string{"169.254.20.10", "10.96.0.10"} {

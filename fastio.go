@@ -11,6 +11,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/contentful-labs/coredns-nodecache/internal/desired"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/sockets"
 )
 
 // batch is how many packets are received and sent with one system call at most.
@@ -65,7 +67,7 @@ func openSocket(e desired.Endpoint) (*fastSocket, error) {
 		err = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEPORT, 1)
 	}
 	if err == nil {
-		err = deepen(fd)
+		err = sockets.Deepen(fd)
 	}
 	if err == nil {
 		err = unix.Bind(fd, sa)
@@ -193,7 +195,7 @@ func (p *packets) again(n int) {
 }
 
 // run answers on s until the listener closes.
-func (s *fastSocket) run(l *fastListener, answering *counter) {
+func (s *fastSocket) run(l *fastListener, answering *sockets.Counter) {
 	p := newPackets(s.fd)
 	pace := pace{gap: int64(time.Second)}
 	var yielded int64
@@ -224,7 +226,7 @@ func (s *fastSocket) run(l *fastListener, answering *counter) {
 			}
 			time.Sleep(time.Millisecond)
 		case n > 0:
-			open := answering.begin()
+			open := answering.Begin()
 			s.serve(l.enter(), p, n, now, open)
 			open.Add(-1)
 		}

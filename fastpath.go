@@ -23,6 +23,8 @@ import (
 	"github.com/miekg/dns"
 
 	"github.com/contentful-labs/coredns-nodecache/internal/desired"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/sockets"
 )
 
 // exact are the plugins that may stand before cache in a block with fastpath: what
@@ -267,7 +269,7 @@ func (v *serving) ServeDNS(w dns.ResponseWriter, r *dns.Msg) {
 // stop lets what is under way be answered, and then frees what v has.
 func (v *serving) stop() {
 	for v.using.Load() > 0 || len(v.misses.queries) > 0 {
-		time.Sleep(drainPoll)
+		time.Sleep(sockets.Poll)
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), drainLimit)
 	defer cancel()
@@ -429,7 +431,7 @@ type fastListener struct {
 // fastpath is the listeners of the process. It has a lock of its own, since CoreDNS
 // calls it from where its servers begin.
 type fastpath struct {
-	answering *counter
+	answering *sockets.Counter
 	mu        sync.Mutex
 	listeners map[desired.Endpoint]*fastListener
 	cpus      int
@@ -450,7 +452,7 @@ func (f *fastpath) end(stop func()) {
 // know of it when they stop, and soon its plugins and addresses go.
 func (f *fastpath) finish(limit time.Duration) {
 	for deadline := time.Now().Add(limit); f.ending.Load() > 0 && time.Now().Before(deadline); {
-		time.Sleep(drainPoll)
+		time.Sleep(sockets.Poll)
 	}
 }
 
@@ -514,14 +516,14 @@ func (f *fastpath) serve(cfg *config, s *dnsserver.Server) {
 // park parks this process's sockets on the address: CoreDNS's own, so that all queries
 // come to ours, or ours.
 func (l *fastListener) park(ours bool) error {
-	all, err := ownSockets()
+	all, err := sockets.Own()
 	if err != nil {
 		return err
 	}
 	var errs []error
 	for _, fd := range all[l.at] {
 		if slices.ContainsFunc(l.sockets, func(s *fastSocket) bool { return s.fd == fd }) == ours {
-			errs = append(errs, parkUDP(fd, l.at))
+			errs = append(errs, sockets.ParkUDP(fd, l.at))
 		}
 	}
 	return errors.Join(errs...)
@@ -601,7 +603,7 @@ func serverAt(e desired.Endpoint) *dnsserver.Server {
 func (f *fastpath) use(l *fastListener, v *serving) { f.end(l.serving.Swap(v).stop) }
 
 // open opens a socket a CPU and begins to answer on them.
-func (l *fastListener) open(cpus int, answering *counter) error {
+func (l *fastListener) open(cpus int, answering *sockets.Counter) error {
 	for range cpus {
 		s, err := openSocket(l.at)
 		if err != nil {

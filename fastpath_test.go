@@ -23,6 +23,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/contentful-labs/coredns-nodecache/internal/desired"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/sockets"
 )
 
 func packed(t testing.TB, m *dns.Msg) []byte {
@@ -446,13 +448,13 @@ func TestMissConnOutlivesAPause(t *testing.T) {
 
 // A drain waits for what was handed on, however late the DNS library reads it.
 func TestDrainKnowsOfMisses(t *testing.T) {
-	var answering counter
+	var answering sockets.Counter
 	v := &serving{table: newAnswerTable(64), misses: &missConn{queries: make(chan *fastQuery, batch)}}
 	s := &fastSocket{fd: -1}
 	p := newPackets(-1)
 	p.recv[0].len = uint32(copy(p.in[0][:], packed(t, question("example.org.", dns.TypeA))))
-	open := answering.begin()
-	left := answering.turn() // between its read and its turn
+	open := answering.Begin()
+	left := answering.Turn() // between its read and its turn
 	v.using.Add(1)
 	s.serve(v, p, 1, sinceEpoch(), open)
 	open.Add(-1)
@@ -499,7 +501,7 @@ func TestFastListenerCloses(t *testing.T) {
 	needRoot(t)
 	for _, a := range []string{"127.0.0.1", "::1"} {
 		at := netip.MustParseAddrPort(netip.AddrPortFrom(addr(a), 5399).String())
-		var answering counter
+		var answering sockets.Counter
 		l := &fastListener{at: desired.Endpoint{Addr: at.Addr(), Proto: "udp", Port: at.Port()}}
 		l.serving.Store(newServing(&dnsserver.Server{Addr: "dns://" + at.String()}, at, 64))
 		must(t, l.open(2, &answering))
@@ -529,7 +531,7 @@ func TestFastListenerCloses(t *testing.T) {
 				return false
 			}
 		})
-		if answering.turn()() != 0 {
+		if answering.Turn()() != 0 {
 			t.Errorf("%s: queries are counted that are answered", a)
 		}
 		if _, err := c.Write([]byte("x")); err == nil {

@@ -11,14 +11,6 @@ import (
 )
 
 // dnsOn returns the endpoints of port 53 on each address.
-func dnsOn(list ...string) (es []desired.Endpoint) {
-	for _, a := range addrs(list...) {
-		es = append(es, desired.Endpoint{Addr: a, Proto: "udp", Port: 53}, desired.Endpoint{Addr: a, Proto: "tcp", Port: 53})
-	}
-	slices.SortFunc(es, desired.Compare)
-	return es
-}
-
 func extraPort(a string, port uint16) desired.Endpoint {
 	return desired.Endpoint{Addr: addr(a), Proto: "tcp", Port: port, Extra: true}
 }

@@ -8,6 +8,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/sockets"
 )
 
 // Nobody scrapes a process that has just ended. So an exit tells the processes that
@@ -113,6 +115,6 @@ func (w lastWords) send(name string) {
 		return
 	}
 	defer c.Close()
-	c.SetDeadline(time.Now().Add(drainPoll))
+	c.SetDeadline(time.Now().Add(sockets.Poll))
 	c.Write(b)
 }

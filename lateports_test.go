@@ -11,6 +11,8 @@ import (
 	_ "github.com/coredns/coredns/plugin/ready"
 
 	"github.com/contentful-labs/coredns-nodecache/internal/desired"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/sockets"
 )
 
 // Plugins that begin to listen while CoreDNS serves and is reloaded get in nobody's way.
@@ -42,6 +44,6 @@ func TestLatecomersListenAmidReloads(t *testing.T) {
 	held[1].Close()
 	must(t, c.reload(corefile))
 	eventually(t, "both listen", missing(0))
-	eventually(t, "there are sockets", func() bool { ok, err := listening(at); return ok && err == nil })
+	eventually(t, "there are sockets", func() bool { ok, err := sockets.Listening(at); return ok && err == nil })
 	c.wantAnswers("169.254.20.10")
 }

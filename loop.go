@@ -16,10 +16,12 @@ import (
 	"github.com/miekg/dns"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promauto"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/sockets"
 )
 
 // limitUnderWay is how many queries may wait for upstreams at once.
-var limitUnderWay = int64(underWayLimit())
+var limitUnderWay = int64(sockets.UnderWayLimit())
 
 const (
 	// guardName is not that of the directive, under which CoreDNS keeps the handler.

@@ -2,116 +2,37 @@ package nodecache
 
 import (
 	"errors"
-	"fmt"
 	"io/fs"
 	"net/netip"
 	"os"
-	"os/exec"
-	"runtime"
 	"slices"
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/vishvananda/netlink"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/testkit"
 )
 
-// ownNamespace marks the process that runs the tests in a network namespace of
-// its own.
-const ownNamespace = "NODECACHE_TEST_IN_NAMESPACE"
+// What the tests of all packages share, by short names.
+var (
+	needRoot   = testkit.NeedRoot
+	eventually = testkit.Eventually
+	must       = testkit.Must
+	wantError  = testkit.WantError
+	serveOn    = testkit.ServeOn
+	local      = testkit.Local
+	dialUDP    = testkit.DialUDP
+	dnsOn      = testkit.DNSOn
+	handOver   = testkit.HandOver
+	reuseport  = testkit.ReusePort
+)
 
-// TestMain runs the tests in a fresh network namespace, so that they can have
-// links, rules and port 53 and nothing outside is touched. It takes a process
-// of its own: a namespace that is entered later is that of one thread only.
-func TestMain(m *testing.M) {
-	if os.Getenv(ownNamespace) == "" && os.Geteuid() == 0 {
-		code, err := reexec()
-		if err == nil {
-			os.Exit(code)
-		}
-		fmt.Fprintf(os.Stderr, "no network namespace for the tests: %v\n", err)
-	}
-	if os.Getenv(ownNamespace) != "" {
-		if err := loopbackUp(); err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			os.Exit(1)
-		}
-	}
-	os.Exit(m.Run())
-}
+type socket = testkit.Socket
 
-// reexec runs this program again, in a namespace. What it is told to write, such
-// as a coverage profile, the second one writes.
-func reexec() (code int, err error) {
-	runtime.LockOSThread() // Pdeathsig goes by the thread
-	defer runtime.UnlockOSThread()
-	cmd := exec.Command("/proc/self/exe")
-	cmd.Args = os.Args
-	cmd.Env = append(os.Environ(), ownNamespace+"=1")
-	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
-	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET, Pdeathsig: syscall.SIGKILL}
-	err = cmd.Run()
-	var exit *exec.ExitError
-	if errors.As(err, &exit) && exit.Exited() {
-		return exit.ExitCode(), nil
-	}
-	if errors.As(err, &exit) {
-		return 1, nil // ended by a signal, as the output says
-	}
-	return 0, err
-}
-
-func loopbackUp() error {
-	lo, err := netlink.LinkByName("lo")
-	if err == nil {
-		err = netlink.LinkSetUp(lo)
-	}
-	if err != nil {
-		return fmt.Errorf("setting up lo: %w", err)
-	}
-	return nil
-}
-
-// needRoot skips a test that changes the network where it has none of its own.
-func needRoot(t testing.TB) {
-	t.Helper()
-	if os.Getenv(ownNamespace) == "" {
-		t.Skip("needs a network namespace of its own: run as root")
-	}
-}
-
-// eventually polls until ok holds. The deadline only ends a test that has failed.
-func eventually(t testing.TB, what string, ok func() bool) {
-	t.Helper()
-	for deadline := time.Now().Add(30 * time.Second); !ok(); time.Sleep(2 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("not within 30 s: %s", what)
-		}
-	}
-}
-
-// must is for steps of a test that are not what it tests.
-func must(t testing.TB, err error) {
-	t.Helper()
-	if err != nil {
-		t.Fatal(err)
-	}
-}
-
-// wantError fails unless err says text; with text empty, unless err is nil.
-func wantError(t testing.TB, err error, text string) {
-	t.Helper()
-	switch {
-	case text == "" && err != nil:
-		t.Errorf("got the error %q, want none", err)
-	case text != "" && err == nil:
-		t.Errorf("got no error, want one that says %q", text)
-	case text != "" && !strings.Contains(err.Error(), text):
-		t.Errorf("got the error %q, want one that says %q", err, text)
-	}
-}
+func TestMain(m *testing.M) { os.Exit(testkit.Main(m)) }
 
 func addr(s string) netip.Addr { return netip.MustParseAddr(s) }
 

@@ -160,7 +160,7 @@ func TestTwinHeedsWhoLeaves(t *testing.T) {
 	b, bFW := newTwin(t)
 	up(t, a, demand(t, "", "", "169.254.20.10", "10.96.0.10"))
 	up(t, b, demand(t, "", "", "169.254.20.10", "fd00:20::10"))
-	open := a.answering.begin() // a query that keeps the exit waiting
+	open := a.answering.Begin() // a query that keeps the exit waiting
 	left := make(chan bool)
 	aFW.heard()
 	go func() { a.exit(); close(left) }()

@@ -10,6 +10,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promauto"
 
 	"github.com/contentful-labs/coredns-nodecache/internal/desired"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/outlive"
 )
 
 // Kinds of setup errors, as node-cache of kubernetes/dns labels them.
@@ -112,24 +114,6 @@ var (
 	_ = promauto.NewGaugeFunc(prometheus.GaugeOpts{
 		Namespace: plugin.Namespace,
 		Subsystem: directiveName,
-		Name:      "tcp_clients",
-		Help:      "Gauge of the TCP connections that clients have open.",
-	}, tcpOpen)
-	tcpClosed = promauto.NewCounter(prometheus.CounterOpts{
-		Namespace: plugin.Namespace,
-		Subsystem: directiveName,
-		Name:      "tcp_clients_closed_total",
-		Help:      "Counter of TCP connections that were closed because clients had more open than there is room for.",
-	})
-	lookPanics = promauto.NewCounter(prometheus.CounterOpts{
-		Namespace: plugin.Namespace,
-		Subsystem: directiveName,
-		Name:      "look_panics_total",
-		Help:      "Counter of looks at the node that a fault of this program has ended, which the log explains.",
-	})
-	_ = promauto.NewGaugeFunc(prometheus.GaugeOpts{
-		Namespace: plugin.Namespace,
-		Subsystem: directiveName,
 		Name:      "ports_taken",
 		Help:      "Gauge of the other plugins of this process that can't listen yet, as another program has their port.",
 	}, func() float64 { return float64(latest.Load().missing()) })
@@ -199,7 +183,7 @@ func init() {
 // observe sets the gauges: links and addresses as the kernel has them now, rules
 // as the backends' last look has left them, which costs no process.
 func (n *node) observe() {
-	defer outlive("counting what is in place")
+	defer outlive.Panic("counting what is in place")
 	links, addrs, inPlaceLinks, inPlaceAddrs := 0, 0, 0, 0
 	for name, want := range n.want.Links {
 		links++

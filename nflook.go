@@ -8,6 +8,8 @@ import (
 	"github.com/google/nftables"
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/outlive"
 )
 
 // selectLimit is from which number on a descriptor can't be given to select(2)
@@ -122,7 +124,7 @@ func (l *nfLooker) ask(f func(*nftables.Conn) error) (err error) {
 		}
 	}()
 	err = errors.New("nf_tables could not be asked") // if f panics
-	defer outlive("asking nf_tables")
+	defer outlive.Panic("asking nf_tables")
 	err = f(l.conn)
 	return err
 }

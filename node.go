@@ -17,6 +17,8 @@ import (
 	"golang.org/x/time/rate"
 
 	"github.com/contentful-labs/coredns-nodecache/internal/desired"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/sockets"
 )
 
 const (
@@ -70,9 +72,9 @@ type node struct {
 	exiting   context.Context // done when an exit begins
 	beginExit context.CancelFunc
 	ready     atomic.Bool
-	answering counter
+	answering sockets.Counter
 	fast      fastpath
-	tcp       tcpClients
+	tcp       sockets.Clients
 
 	member   *member
 	others   others // as of this process's last turn
@@ -381,7 +383,7 @@ func (n *node) prepare(cfg *config, want desired.State) (made, error) {
 		if mine[e] || e.Proto == "udp" && cfg.addrs[e.Addr].foreign {
 			continue
 		}
-		if err := tryPort(e); err != nil {
+		if err := sockets.TryPort(e); err != nil {
 			return added, errorAt(cfg.wants[e].at, "%w", err)
 		}
 	}
@@ -572,7 +574,7 @@ func (n *node) servedAlone(s desired.State) desired.State {
 	if n.running != nil {
 		es = append(es, n.running.listeners()...)
 	}
-	shared, served := map[netip.Addr]bool{}, strangers(es)
+	shared, served := map[netip.Addr]bool{}, sockets.Strangers(es)
 	for e := range served {
 		shared[e.Addr] = true
 	}
@@ -594,7 +596,7 @@ func (n *node) await(cfg *config, first bool, began time.Time) {
 	since := time.Time{}
 	for {
 		time.Sleep(listenPoll)
-		ok, err := listening(es)
+		ok, err := sockets.Listening(es)
 		switch {
 		case err != nil:
 			log.Errorf("%v; taking it that CoreDNS listens", err)
@@ -631,7 +633,7 @@ func (n *node) complete(cfg *config, began time.Time) {
 		}
 	}
 	n.serve(target)
-	if err := deepenAll(cfg.listeners()); err != nil {
+	if err := sockets.DeepenAll(cfg.listeners()); err != nil {
 		log.Warningf("making room for more unread queries: %v", err)
 	}
 	if n.running == nil {
@@ -898,10 +900,10 @@ func (n *node) drain(es []desired.Endpoint, kept bool, deadline time.Time) (open
 			// The node's own programs have no guard that knows of sockets.
 			n.serve(n.onlyShared())
 		}
-		err := park(leaving)
+		err := sockets.Park(leaving)
 		if err == nil {
 			var left int64
-			left, err = n.answering.drain(es, time.Until(deadline))
+			left, err = n.answering.Drain(es, time.Until(deadline))
 			open = max(open, left) // those that one step left open, the next does not count
 		}
 		if err != nil {
@@ -922,7 +924,7 @@ func (n *node) readOut() {
 	}
 	time.Sleep(underWay)
 	for _, es := range n.leaving.Rules {
-		if err := readOut(es, time.Now().Add(readOutLimit)); err != nil {
+		if err := sockets.ReadOut(es, time.Now().Add(readOutLimit)); err != nil {
 			log.Errorf("leaving: %v", err)
 		}
 	}

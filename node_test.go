@@ -224,10 +224,10 @@ func TestExitAnswersWhatHasArrived(t *testing.T) {
 	cfg := demand(t, "", "", "169.254.20.10", "10.96.0.10")
 	socks := up(t, n, cfg)
 	fw.heard()
-	open := n.answering.begin()
+	open := n.answering.Begin()
 	for _, s := range socks {
-		if s.udp != nil {
-			_, err := dialUDP(t, s.e).Write([]byte("query"))
+		if s.UDP != nil {
+			_, err := dialUDP(t, s.E).Write([]byte("query"))
 			must(t, err)
 		}
 	}
@@ -235,14 +235,14 @@ func TestExitAnswersWhatHasArrived(t *testing.T) {
 	go func() { n.exit(); close(done) }()
 	buf := make([]byte, 10)
 	for _, s := range socks {
-		if s.udp != nil {
-			must(t, s.udp.SetReadDeadline(time.Now().Add(5*time.Second)))
-			if _, err := s.udp.Read(buf); err != nil {
-				t.Errorf("%s: what had arrived is lost: %v", s.e, err)
+		if s.UDP != nil {
+			must(t, s.UDP.SetReadDeadline(time.Now().Add(5*time.Second)))
+			if _, err := s.UDP.Read(buf); err != nil {
+				t.Errorf("%s: what had arrived is lost: %v", s.E, err)
 			}
 		}
 	}
-	eventually(t, "the drain waits for answers", func() bool { return n.answering.generation.Load() > 0 })
+	eventually(t, "the drain waits for answers", func() bool { return n.answering.Generation() > 0 })
 	wantCarried(t, testLink, "169.254.20.10", "10.96.0.10")
 	wantCalls(t, fw, "leave "+dnsOf("10.96.0.10", "169.254.20.10")+" on 10.96.0.10,169.254.20.10")
 	select {

@@ -56,7 +56,7 @@ func (handler) Name() string { return "nodecache" }
 
 // ServeDNS implements plugin.Handler.
 func (h handler) ServeDNS(ctx context.Context, w dns.ResponseWriter, r *dns.Msg) (int, error) {
-	open := h.node.answering.begin()
+	open := h.node.answering.Begin()
 	defer open.Add(-1)
 	if h.fast != nil {
 		if q, ok := ctx.Value(fastKey{}).(*fastQuery); ok {

@@ -16,6 +16,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/contentful-labs/coredns-nodecache/internal/desired"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/sockets"
 )
 
 // lookupLimit bounds the wait for the address of a name, which can be asked of ourselves.
@@ -182,7 +184,7 @@ func (p otherPort) try(carriers map[netip.Addr][]string) error {
 		return nil
 	}
 	// dnstap shares with nobody, not even with a twin of ours.
-	err := tryBind(p.e, p.plugin != "dnstap")
+	err := sockets.TryBind(p.e, p.plugin != "dnstap")
 	if err != nil && p.plugin != "" {
 		err = fmt.Errorf("%s: %w", p.plugin, err)
 	}

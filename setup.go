@@ -75,7 +75,7 @@ func setup(c *caddy.Controller) error {
 			return plugin.Error(directiveName, err)
 		}
 		ctx := c.Context()
-		c.OnStartup(func() error { theNode.tcp.start(); return nil })
+		c.OnStartup(func() error { theNode.tcp.Start(); return nil })
 		c.OnStartup(func() error { return wrap(cfg.attachFast(ctx)) })
 		c.OnStartup(func() error { return wrap(late.start()) })
 		c.OnStartup(func() error { return wrap(theNode.start(cfg)) })

@@ -42,7 +42,7 @@ func (k socketKind) has(s unixSocket) bool {
 const listLimit = 1024
 
 // sockets are those of one kind in this network namespace.
-type sockets struct {
+type socketList struct {
 	trusted []unixSocket
 	more    bool // trusted are not all
 	// Of users that do not count there are only the number and a few examples: anybody
@@ -51,7 +51,7 @@ type sockets struct {
 	examples  []string
 }
 
-func (l *sockets) note(s unixSocket) {
+func (l *socketList) note(s unixSocket) {
 	switch {
 	case s.whose && !trusted(s.user):
 		l.stranger(s.name, s.user)
@@ -62,7 +62,7 @@ func (l *sockets) note(s unixSocket) {
 	}
 }
 
-func (l *sockets) stranger(name string, user uint32) {
+func (l *socketList) stranger(name string, user uint32) {
 	l.strangers++
 	if len(l.examples) < 3 {
 		l.examples = append(l.examples, fmt.Sprintf("%q of the user %d", name, user))
@@ -72,8 +72,8 @@ func (l *sockets) stranger(name string, user uint32) {
 // listSockets lists the sockets of kind k. The kernel tells their users where it has unix_diag
 // and is 5.3 or newer. Else who is connected to tells it, and a listener that can't be
 // connected to now passes for one that counts.
-func listSockets(k socketKind) (sockets, error) {
-	l, unsure := sockets{}, []unixSocket(nil)
+func listSockets(k socketKind) (socketList, error) {
+	l, unsure := socketList{}, []unixSocket(nil)
 	note := func(s unixSocket) {
 		switch {
 		case !k.has(s):
@@ -87,7 +87,7 @@ func listSockets(k socketKind) (sockets, error) {
 	}
 	if err := diagSockets(k.state, note); err != nil {
 		log.Debugf("asking the kernel for unix sockets: %v; reading /proc/net/unix", err)
-		l, unsure = sockets{}, nil
+		l, unsure = socketList{}, nil
 		if e := procSockets(note); e != nil {
 			return l, errors.Join(err, e)
 		}

@@ -10,6 +10,8 @@ import (
 	"github.com/google/nftables/expr"
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/outlive"
 )
 
 // watched is what the kernel tells of already.
@@ -99,7 +101,7 @@ func (t *iptables) inNFTables() bool {
 // looks.
 func (t *iptables) stands() (yes bool) {
 	yes = true
-	defer outlive("looking at the rules of iptables-nft")
+	defer outlive.Panic("looking at the rules of iptables-nft")
 	for f, x := range t.families {
 		if !x.written || !x.nft() {
 			continue

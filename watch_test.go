@@ -4,13 +4,15 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/sockets"
 )
 
 // subscriptions returns the addresses of this process's netlink sockets of a protocol
 // that hear the kernel's reports.
 func subscriptions(t *testing.T, protocol int) (as []*unix.SockaddrNetlink) {
 	t.Helper()
-	fds, err := descriptors()
+	fds, err := sockets.Descriptors()
 	must(t, err)
 	for _, fd := range fds {
 		if p, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_PROTOCOL); err != nil || p != protocol {

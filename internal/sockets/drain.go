@@ -1,4 +1,4 @@
-package nodecache
+package sockets
 
 import (
 	"errors"
@@ -11,32 +11,38 @@ import (
 	"github.com/contentful-labs/coredns-nodecache/internal/desired"
 )
 
-// counter counts the queries that are being answered. A query counts in the
+// Counter counts the queries that are being answered. A query counts in the
 // generation in which it came, so that those of before can be waited for while
 // others keep coming.
-type counter struct {
+type Counter struct {
 	generation atomic.Uint32
 	open       [2]atomic.Int64
 }
 
-// begin counts one query in and returns where to count it out, with Add(-1).
-func (c *counter) begin() *atomic.Int64 {
+// Begin counts one query in and returns where to count it out, with Add(-1).
+func (c *Counter) Begin() *atomic.Int64 {
 	n := &c.open[c.generation.Load()&1]
 	n.Add(1)
 	return n
 }
 
-// turn begins a new generation and returns how many queries of the one before
+// Turn begins a new generation and returns how many queries of the one before
 // are still open.
-func (c *counter) turn() (open func() int64) {
+func (c *Counter) Turn() (open func() int64) {
 	n := &c.open[(c.generation.Add(1)-1)&1]
 	return n.Load
 }
 
-// drainPoll is how often a drain looks whether it is done.
-const drainPoll = 2 * time.Millisecond
+// Generation is how often the counter has been turned.
+func (c *Counter) Generation() uint32 { return c.generation.Load() }
 
-// park takes this process's sockets on es out of the kernel's choice, at once
+// Open is how many queries are open in all.
+func (c *Counter) Open() int64 { return c.open[0].Load() + c.open[1].Load() }
+
+// Poll is how often a drain looks whether it is done.
+const Poll = 2 * time.Millisecond
+
+// Park takes this process's sockets on es out of the kernel's choice, at once
 // and without losing what is in them. A UDP socket that is connected is chosen
 // only for its peer's packets, and the peer here never sends; answers can still
 // be sent from it, as they name their destination. To close it would lose what
@@ -44,15 +50,15 @@ const drainPoll = 2 * time.Millisecond
 // until its last answer has left. A listening TCP socket is closed, and replaced
 // by one that nobody can reach, so that its server sees no error; connections
 // that were accepted go on.
-func park(es []desired.Endpoint) error {
-	socks, err := ownSockets()
+func Park(es []desired.Endpoint) error {
+	socks, err := Own()
 	if err != nil {
 		return err
 	}
 	var errs []error
 	for _, e := range es {
 		for _, fd := range socks[e] {
-			do := parkUDP
+			do := ParkUDP
 			if e.Proto == "tcp" {
 				do = replace
 			}
@@ -64,8 +70,8 @@ func park(es []desired.Endpoint) error {
 	return errors.Join(errs...)
 }
 
-// parkUDP has the kernel choose the socket of fd no more.
-func parkUDP(fd int, e desired.Endpoint) error {
+// ParkUDP has the kernel choose the socket of fd no more.
+func ParkUDP(fd int, e desired.Endpoint) error {
 	if e.Addr.Is4() {
 		return unix.Connect(fd, &unix.SockaddrInet4{Addr: [4]byte{127, 255, 255, 254}, Port: 9}) // discard
 	}
@@ -89,41 +95,41 @@ func replace(fd int, _ desired.Endpoint) error {
 	return unix.Dup3(s, fd, unix.O_CLOEXEC)
 }
 
-// drain waits until the queries that have arrived on es are answered: first
+// Drain waits until the queries that have arrived on es are answered: first
 // until each socket's queue has been seen empty, then for the answers to what
 // was read. It returns how many were still open when limit had passed.
-func (c *counter) drain(es []desired.Endpoint, limit time.Duration) (open int64, err error) {
+func (c *Counter) Drain(es []desired.Endpoint, limit time.Duration) (open int64, err error) {
 	deadline := time.Now().Add(limit)
-	if err := readOut(es, deadline); err != nil {
+	if err := ReadOut(es, deadline); err != nil {
 		return 0, err
 	}
 	// What was read just now counts when its goroutine has come to the handler.
-	time.Sleep(drainPoll)
-	left := c.turn()
+	time.Sleep(Poll)
+	left := c.Turn()
 	for left() > 0 && time.Now().Before(deadline) {
-		time.Sleep(drainPoll)
+		time.Sleep(Poll)
 	}
 	return left(), nil
 }
 
-// readOut waits until the queue of each UDP socket on es has been seen empty.
-func readOut(es []desired.Endpoint, deadline time.Time) error {
-	socks, err := ownSockets()
+// ReadOut waits until the queue of each UDP socket on es has been seen empty.
+func ReadOut(es []desired.Endpoint, deadline time.Time) error {
+	socks, err := Own()
 	if err != nil {
 		return err
 	}
 	for _, e := range es {
 		for _, fd := range socks[e] {
-			for e.Proto == "udp" && queued(fd) && time.Now().Before(deadline) {
-				time.Sleep(drainPoll)
+			for e.Proto == "udp" && Queued(fd) && time.Now().Before(deadline) {
+				time.Sleep(Poll)
 			}
 		}
 	}
 	return nil
 }
 
-// queued tells whether a UDP socket holds a datagram that nobody has read.
-func queued(fd int) bool {
+// Queued tells whether a UDP socket holds a datagram that nobody has read.
+func Queued(fd int) bool {
 	n, err := unix.IoctlGetInt(fd, unix.SIOCINQ)
 	return err == nil && n > 0
 }

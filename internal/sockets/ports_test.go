@@ -1,4 +1,4 @@
-package nodecache
+package sockets
 
 import (
 	"fmt"
@@ -52,20 +52,20 @@ func TestTakenPortIsNamedWithItsHolder(t *testing.T) {
 				close = l.Close
 			}
 			defer close()
-			err := tryPort(e)
+			err := TryPort(e)
 			if test.bound == "" {
 				wantError(t, err, "")
 				return
 			}
 			wantError(t, err, fmt.Sprintf("%s is taken by %q (process %d, bound to %s): end that program", e, strings.TrimSpace(string(comm)), os.Getpid(), test.bound))
 			close()
-			wantError(t, tryPort(e), "")
+			wantError(t, TryPort(e), "")
 		})
 	}
 }
 
 func TestHolderThatCannotBeSeen(t *testing.T) {
-	if got := holder(local(t, "127.0.0.1", "udp")); got != "" {
+	if got := Holder(local(t, "127.0.0.1", "udp")); got != "" {
 		t.Errorf("nobody is %q", got)
 	}
 }
@@ -74,7 +74,7 @@ func TestReuseportTwinIsNoConflict(t *testing.T) {
 	newTestLink(t, "169.254.20.10", "fd00:20::10")
 	for _, e := range dnsOn("169.254.20.10", "fd00:20::10") {
 		serveOn(t, e)
-		wantError(t, tryPort(e), "")
+		wantError(t, TryPort(e), "")
 	}
 }
 
@@ -83,7 +83,7 @@ func TestUDPPortOnLoopbackIsNotTried(t *testing.T) {
 	c, err := net.ListenPacket("udp", netip.AddrPortFrom(e.Addr, e.Port).String())
 	must(t, err)
 	defer c.Close()
-	wantError(t, tryPort(e), "") // it would take a twin's queries
+	wantError(t, TryPort(e), "") // it would take a twin's queries
 }
 
 // A socket that is bound takes its share of the queries at once. Of those that
@@ -103,7 +103,7 @@ func TestTryingPortTakesNoQueryFromTwin(t *testing.T) {
 					return
 				default:
 				}
-				if err := tryPort(e); err != nil {
+				if err := TryPort(e); err != nil {
 					t.Error(err)
 					return
 				}
@@ -114,17 +114,17 @@ func TestTryingPortTakesNoQueryFromTwin(t *testing.T) {
 			all.Go(func() {
 				buf := make([]byte, 10)
 				for {
-					n, from, err := twin.udp.ReadFromUDPAddrPort(buf)
+					n, from, err := twin.UDP.ReadFromUDPAddrPort(buf)
 					if err != nil {
 						return
 					}
-					twin.udp.WriteToUDPAddrPort(buf[:n], from)
+					twin.UDP.WriteToUDPAddrPort(buf[:n], from)
 				}
 			})
 		} else {
 			all.Go(func() {
 				for {
-					c, err := twin.tcp.Accept()
+					c, err := twin.TCP.Accept()
 					if err != nil {
 						return
 					}

@@ -1,4 +1,4 @@
-package nodecache
+package sockets
 
 import (
 	"cmp"
@@ -9,7 +9,27 @@ import (
 	"sync"
 	"time"
 
+	"github.com/coredns/coredns/plugin"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promauto"
 	"golang.org/x/sys/unix"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/outlive"
+)
+
+var (
+	_ = promauto.NewGaugeFunc(prometheus.GaugeOpts{
+		Namespace: plugin.Namespace,
+		Subsystem: "nodecache",
+		Name:      "tcp_clients",
+		Help:      "Gauge of the TCP connections that clients have open.",
+	}, ClientsOpen)
+	tcpClosed = promauto.NewCounter(prometheus.CounterOpts{
+		Namespace: plugin.Namespace,
+		Subsystem: "nodecache",
+		Name:      "tcp_clients_closed_total",
+		Help:      "Counter of TCP connections that were closed because clients had more open than there is room for.",
+	})
 )
 
 const (
@@ -24,12 +44,12 @@ const (
 	saidAgain = time.Minute
 )
 
-// tcpClients keeps the number of TCP connections that clients have open below
+// Clients keeps the number of TCP connections that clients have open below
 // tcpLimit. CoreDNS accepts as many as come, until no descriptor is left for its own
 // queries, and hands out neither its listeners nor its connections; so they are found
 // among this process's sockets. What goes is what those have who have the most, the
 // longest idle first.
-type tcpClients struct {
+type Clients struct {
 	once    sync.Once
 	limit   int
 	others  int       // descriptors that were no client's at the last count
@@ -39,12 +59,12 @@ type tcpClients struct {
 	said    time.Time // when the log told of it
 }
 
-func (g *tcpClients) start() {
+func (g *Clients) Start() {
 	g.once.Do(func() {
 		g.limit = tcpLimit()
 		warnOfFewDescriptors()
 		every := clientsEvery
-		if descriptorLimit() > manyDescriptors {
+		if DescriptorLimit() > manyDescriptors {
 			every = clientsSeldom
 		}
 		go func() {
@@ -58,8 +78,8 @@ func (g *tcpClients) start() {
 }
 
 // look counts the connections where there may be too many, and closes some.
-func (g *tcpClients) look() {
-	defer outlive("counting TCP clients")
+func (g *Clients) look() {
+	defer outlive.Panic("counting TCP clients")
 	open, err := descriptorsOpen()
 	if err != nil || open <= g.limit || open-g.others <= g.limit && time.Since(g.counted) < clientsAgain {
 		return
@@ -116,9 +136,9 @@ type clientConn struct {
 }
 
 // clientConns returns the connections to this process's listeners, and how many
-// descriptors there are in all.
+// Descriptors there are in all.
 func clientConns() (conns []clientConn, open int, err error) {
-	fds, err := descriptors()
+	fds, err := Descriptors()
 	if err != nil {
 		return nil, 0, err
 	}
@@ -248,8 +268,8 @@ func (c clientConn) shut() error {
 	return unix.Shutdown(c.fd, unix.SHUT_RD)
 }
 
-// tcpOpen is how many connections clients have open.
-func tcpOpen() float64 {
+// ClientsOpen is how many connections clients have open.
+func ClientsOpen() float64 {
 	conns, _, err := clientConns()
 	if err != nil {
 		return 0

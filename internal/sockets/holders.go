@@ -1,4 +1,4 @@
-package nodecache
+package sockets
 
 import (
 	"bufio"
@@ -26,17 +26,17 @@ const (
 	maxWild = 100
 )
 
-// holder says who has a socket on e, as far as /proc tells: ` by "dnsmasq" (process
+// Holder says who has a socket on e, as far as /proc tells: ` by "dnsmasq" (process
 // 123, bound to 0.0.0.0:53)`, or "".
-func holder(e desired.Endpoint) string { return whose(socketsOn([]desired.Endpoint{e}))[e] }
+func Holder(e desired.Endpoint) string { return whose(On([]desired.Endpoint{e}))[e] }
 
-// stranger is holder for those that are not this process.
-func stranger(e desired.Endpoint) string { return strangers([]desired.Endpoint{e})[e] }
+// Stranger is holder for those that are not this process.
+func Stranger(e desired.Endpoint) string { return Strangers([]desired.Endpoint{e})[e] }
 
-// strangers says for each of es on which others than this process have a socket who
+// Strangers says for each of es on which others than this process have a socket who
 // does, as holder says it.
-func strangers(es []desired.Endpoint) map[desired.Endpoint]string {
-	on := socketsOn(es)
+func Strangers(es []desired.Endpoint) map[desired.Endpoint]string {
+	on := On(es)
 	if len(on) == 0 {
 		return nil
 	}
@@ -53,11 +53,11 @@ func strangers(es []desired.Endpoint) map[desired.Endpoint]string {
 	return whose(on)
 }
 
-// socketsOn returns the sockets that take what is sent to each of es, by their inodes
+// On returns the sockets that take what is sent to each of es, by their inodes
 // and with what they are bound to, which may be the wildcard address. An endpoint with
 // the wildcard address has the sockets of all addresses. All of es together cost one
 // look at the kernel's tables.
-func socketsOn(es []desired.Endpoint) map[desired.Endpoint]map[uint64]string {
+func On(es []desired.Endpoint) map[desired.Endpoint]map[uint64]string {
 	type port struct {
 		proto string
 		port  uint16

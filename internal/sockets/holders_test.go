@@ -1,38 +1,21 @@
-package nodecache
+package sockets
 
 import (
 	"fmt"
 	"net"
 	"net/netip"
 	"os"
-	"os/exec"
-	"path/filepath"
 	"strings"
 	"testing"
 
 	"github.com/contentful-labs/coredns-nodecache/internal/desired"
 )
 
-// handOver leaves f, a socket's, to another process that calls itself name.
-func handOver(t testing.TB, name string, f *os.File) (pid int) {
-	t.Helper()
-	script := filepath.Join(t.TempDir(), name)
-	must(t, os.WriteFile(script, []byte("#!/bin/sh\nread line\n"), 0o755))
-	cmd := exec.Command(script)
-	cmd.ExtraFiles = []*os.File{f}
-	in, err := cmd.StdinPipe()
-	must(t, err)
-	must(t, cmd.Start())
-	t.Cleanup(func() { in.Close(); cmd.Wait() })
-	f.Close()
-	return cmd.Process.Pid
-}
-
 func TestStrangersAreNamedWithoutThisProcess(t *testing.T) {
 	newTestLink(t, "169.254.20.10", "fd00:20::10", "10.96.0.10")
 	es := dnsOn("169.254.20.10", "fd00:20::10", "10.96.0.10")
 	serveOn(t, es...)
-	if got := strangers(es); len(got) > 0 {
+	if got := Strangers(es); len(got) > 0 {
 		t.Errorf("this process is a stranger to itself: %v", got)
 	}
 	c, err := reuseport.ListenPacket(t.Context(), "udp", "169.254.20.10:53")
@@ -44,10 +27,10 @@ func TestStrangersAreNamedWithoutThisProcess(t *testing.T) {
 	pid := handOver(t, "a\nERROR b", f)
 	e := desired.Endpoint{Addr: addr("169.254.20.10"), Proto: "udp", Port: 53}
 	want := map[desired.Endpoint]string{e: fmt.Sprintf(` by "a\nERROR b" (process %d, bound to 169.254.20.10:53)`, pid)}
-	if got := strangers(es); fmt.Sprint(got) != fmt.Sprint(want) {
+	if got := Strangers(es); fmt.Sprint(got) != fmt.Sprint(want) {
 		t.Errorf("the strangers are %q, want %q", got, want)
 	}
-	if got := stranger(e); got != want[e] {
+	if got := Stranger(e); got != want[e] {
 		t.Errorf("the stranger is %q, want %q", got, want[e])
 	}
 }
@@ -67,7 +50,7 @@ func TestHoldersOnWildcardAddress(t *testing.T) {
 		must(t, err)
 		for a, want := range map[string]string{"169.254.20.10": test.for4, "fd00:20::10": test.for6, "::": test.forAll} {
 			e := desired.Endpoint{Addr: addr(a), Proto: "tcp", Port: 53}
-			got := holder(e)
+			got := Holder(e)
 			if want != "" && !strings.HasSuffix(got, ", bound to "+want+")") || want == "" && got != "" {
 				t.Errorf("with a listener on %s, the holder of %s is %q", test.at, e, got)
 			}
@@ -87,7 +70,7 @@ func TestStrangersOfManyAddressesCostOneLook(t *testing.T) {
 	}
 	thousand := on(1000)
 	serveOn(t, thousand...)
-	cost := func(es []desired.Endpoint) float64 { return testing.AllocsPerRun(1, func() { strangers(es) }) }
+	cost := func(es []desired.Endpoint) float64 { return testing.AllocsPerRun(1, func() { Strangers(es) }) }
 	if one, all := cost(thousand[:1]), cost(thousand); all > 10*one {
 		t.Errorf("to look for one of them takes %.0f allocations, for all of them %.0f", one, all)
 	}
@@ -100,7 +83,7 @@ func BenchmarkStrangersOfThousandAddresses(b *testing.B) {
 	}
 	serveOn(b, es...)
 	for b.Loop() {
-		strangers(es)
+		Strangers(es)
 	}
 }
 

@@ -1,4 +1,4 @@
-package nodecache
+package sockets
 
 import (
 	"errors"
@@ -8,10 +8,10 @@ import (
 	"github.com/contentful-labs/coredns-nodecache/internal/desired"
 )
 
-// ownSockets returns the file descriptors of this process's UDP and listening
+// Own returns the file descriptors of this process's UDP and listening
 // TCP sockets by what they are bound to. CoreDNS does not hand its sockets out.
-func ownSockets() (map[desired.Endpoint][]int, error) {
-	fds, err := descriptors()
+func Own() (map[desired.Endpoint][]int, error) {
+	fds, err := Descriptors()
 	if err != nil {
 		return nil, err
 	}
@@ -55,8 +55,8 @@ func boundTo(fd int) (desired.Endpoint, bool) {
 // for 200, which a process that gets no CPU for a tenth of a second loses at 2,000 a second.
 const queueBytes = 1 << 20
 
-// deepen makes that much room on a UDP socket. It never takes any away.
-func deepen(fd int) error {
+// Deepen makes that much room on a UDP socket. It never takes any away.
+func Deepen(fd int) error {
 	if have, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF); err != nil || have >= 2*queueBytes {
 		return err
 	}
@@ -67,9 +67,9 @@ func deepen(fd int) error {
 	return unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, queueBytes)
 }
 
-// deepenAll does so for all of this process's UDP sockets on es.
-func deepenAll(es []desired.Endpoint) error {
-	socks, err := ownSockets()
+// DeepenAll does so for all of this process's UDP sockets on es.
+func DeepenAll(es []desired.Endpoint) error {
+	socks, err := Own()
 	if err != nil {
 		return err
 	}
@@ -77,16 +77,16 @@ func deepenAll(es []desired.Endpoint) error {
 	for _, e := range es {
 		for _, fd := range socks[e] {
 			if e.Proto == "udp" {
-				errs = append(errs, deepen(fd))
+				errs = append(errs, Deepen(fd))
 			}
 		}
 	}
 	return errors.Join(errs...)
 }
 
-// listening tells whether this process has a socket on every one of es.
-func listening(es []desired.Endpoint) (bool, error) {
-	have, err := ownSockets()
+// Listening tells whether this process has a socket on every one of es.
+func Listening(es []desired.Endpoint) (bool, error) {
+	have, err := Own()
 	if err != nil {
 		return false, err
 	}

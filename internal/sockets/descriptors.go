@@ -1,4 +1,4 @@
-package nodecache
+package sockets
 
 import (
 	"fmt"
@@ -30,11 +30,11 @@ const (
 	manyDescriptors = 1 << 15
 )
 
-// descriptorLimit returns how many file descriptors this process may have. Go's runtime
+// DescriptorLimit returns how many file descriptors this process may have. Go's runtime
 // has raised the soft limit to the hard one before main (since Go 1.19, in package
 // syscall's init), so there is nothing left to raise; programs that we start get
 // back the limit that there was.
-func descriptorLimit() int {
+func DescriptorLimit() int {
 	var r unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &r); err != nil || r.Cur > math.MaxInt32 {
 		return math.MaxInt32
@@ -42,10 +42,10 @@ func descriptorLimit() int {
 	return int(r.Cur)
 }
 
-// underWayLimit returns how many queries may wait for upstreams at a time. Each may hold
+// UnderWayLimit returns how many queries may wait for upstreams at a time. Each may hold
 // a descriptor, and takes memory, of which they get half of what GOMEMLIMIT grants.
-func underWayLimit() int {
-	return underWayWithin(descriptorLimit(), debug.SetMemoryLimit(-1))
+func UnderWayLimit() int {
+	return underWayWithin(DescriptorLimit(), debug.SetMemoryLimit(-1))
 }
 
 func underWayWithin(descriptors int, memory int64) int {
@@ -55,7 +55,7 @@ func underWayWithin(descriptors int, memory int64) int {
 // tcpLimit returns how many TCP connections clients may have open at a time. They get
 // a quarter of the memory.
 func tcpLimit() int {
-	return clientsWithin(descriptorLimit(), debug.SetMemoryLimit(-1))
+	return clientsWithin(DescriptorLimit(), debug.SetMemoryLimit(-1))
 }
 
 func clientsWithin(descriptors int, memory int64) int {
@@ -63,21 +63,21 @@ func clientsWithin(descriptors int, memory int64) int {
 }
 
 func warnOfFewDescriptors() {
-	if n := descriptorLimit(); n < fewDescriptors {
+	if n := DescriptorLimit(); n < fewDescriptors {
 		log.Warningf("this process may have only %d file descriptors open, so that clients can have %d TCP connections and %d queries can wait for upstreams: raise the hard limit, as with LimitNOFILE= of the container runtime's unit",
-			n, tcpLimit(), underWayLimit())
+			n, tcpLimit(), UnderWayLimit())
 	}
 }
 
 // fdDir is /proc/self/fd. It stays open, so that it can be read when there are no more
-// descriptors to be had.
+// Descriptors to be had.
 var fdDir struct {
 	sync.Mutex
 	file *os.File
 }
 
-// descriptors returns the numbers of this process's open descriptors.
-func descriptors() ([]int, error) {
+// Descriptors returns the numbers of this process's open descriptors.
+func Descriptors() ([]int, error) {
 	fdDir.Lock()
 	defer fdDir.Unlock()
 	if fdDir.file == nil {
@@ -110,6 +110,6 @@ func descriptorsOpen() (int, error) {
 	if err := unix.Stat("/proc/self/fd", &st); err == nil && st.Size > 0 {
 		return int(st.Size), nil
 	}
-	fds, err := descriptors()
+	fds, err := Descriptors()
 	return len(fds), err
 }

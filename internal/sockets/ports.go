@@ -1,4 +1,4 @@
-package nodecache
+package sockets
 
 import (
 	"errors"
@@ -13,17 +13,17 @@ import (
 // loopback is the index of the device lo in every network namespace.
 const loopback = 1
 
-// tryPort tells whether CoreDNS will be able to listen on e, before the address
+// TryPort tells whether CoreDNS will be able to listen on e, before the address
 // is on the node: a start that fails once it is there leaves the address behind,
 // as CoreDNS calls nobody then. A socket that is bound joins its SO_REUSEPORT
 // group, so for UDP it is bound to lo as well, through which nothing comes for an
 // address that another link carries or will carry: to the kernel even the node's
 // own queries come in through that link (rt_iif, ip_route_output_key_hash_rcu in
 // net/ipv4/route.c; ip6_rcv_core). So no query is taken from a twin that serves.
-func tryPort(e desired.Endpoint) error { return tryBind(e, true) }
+func TryPort(e desired.Endpoint) error { return TryBind(e, true) }
 
-// tryBind is tryPort for one who shares the address with others of ours, or with nobody.
-func tryBind(e desired.Endpoint, share bool) error {
+// TryBind is TryPort for one who shares the address with others of ours, or with nobody.
+func TryBind(e desired.Endpoint, share bool) error {
 	domain, typ := unix.AF_INET, unix.SOCK_STREAM
 	var sa unix.Sockaddr = &unix.SockaddrInet4{Addr: as4(e.Addr), Port: int(e.Port)}
 	if e.Addr.Is6() {
@@ -67,7 +67,7 @@ func tryBind(e desired.Endpoint, share bool) error {
 	case err == nil:
 		return nil
 	case errors.Is(err, unix.EADDRINUSE):
-		return fmt.Errorf("%s is taken%s: end that program or have it listen elsewhere; two can share an address only when both set SO_REUSEPORT and run as the same user", e, holder(e))
+		return fmt.Errorf("%s is taken%s: end that program or have it listen elsewhere; two can share an address only when both set SO_REUSEPORT and run as the same user", e, Holder(e))
 	case errors.Is(err, unix.EACCES):
 		return fmt.Errorf("%s: %w (ports below 1024 need the capability NET_BIND_SERVICE)", e, err)
 	default:

@@ -1,4 +1,4 @@
-package nodecache
+package sockets
 
 import (
 	"fmt"
@@ -121,7 +121,7 @@ func TestSocketsAreFoundWithoutDescriptors(t *testing.T) {
 	must(t, err)
 	defer l.Close()
 	e := desired.Endpoint{Addr: addr("127.0.0.1"), Proto: "tcp", Port: uint16(l.Addr().(*net.TCPAddr).Port)}
-	_, err = ownSockets() // as at the start
+	_, err = Own() // as at the start
 	must(t, err)
 	var had unix.Rlimit
 	must(t, unix.Getrlimit(unix.RLIMIT_NOFILE, &had))
@@ -130,7 +130,7 @@ func TestSocketsAreFoundWithoutDescriptors(t *testing.T) {
 	if _, err := os.Open("/dev/null"); err == nil {
 		t.Fatal("there are descriptors left")
 	}
-	if ok, err := listening([]desired.Endpoint{e}); !ok || err != nil {
+	if ok, err := Listening([]desired.Endpoint{e}); !ok || err != nil {
 		t.Errorf("listening on %s: %v, %v", e, ok, err)
 	}
 	if n, err := descriptorsOpen(); n < 3 || err != nil {
