@@ -2,13 +2,18 @@ package e2e
 
 import (
 	"fmt"
+	"go/ast"
+	"go/parser"
+	"go/token"
 	"os"
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
+	"unicode"
 
 	"github.com/prometheus/client_golang/prometheus"
 
@@ -25,33 +30,46 @@ func read(t *testing.T, path string) string {
 	return string(b)
 }
 
-func logsPage(t *testing.T) string { return read(t, filepath.Join("..", "docs", "logs.md")) }
+func docsPage(t *testing.T, name string) string { return read(t, filepath.Join("..", "docs", name)) }
 
-// source is all of the package's code.
-func source(t *testing.T) string {
-	files, err := filepath.Glob(filepath.Join("..", "*.go"))
+// sources are the files of the plugin's code: all but those of tests, of test/ and of the binary.
+func sources(t *testing.T) (files []string) {
+	err := filepath.WalkDir("..", func(path string, e os.DirEntry, err error) error {
+		switch {
+		case err != nil:
+			return err
+		case e.IsDir() && slices.Contains([]string{"../test", "../cmd", "../build", "../.git"}, path):
+			return filepath.SkipDir
+		case strings.HasSuffix(path, ".go") && !strings.HasSuffix(path, "_test.go"):
+			files = append(files, path)
+		}
+		return nil
+	})
 	if err != nil || len(files) == 0 {
 		t.Fatalf("no source: %v", err)
 	}
+	return files
+}
+
+// source is all of the plugin's code.
+func source(t *testing.T) string {
 	var b strings.Builder
-	for _, f := range files {
-		if !strings.HasSuffix(f, "_test.go") {
-			b.WriteString(read(t, f))
-		}
+	for _, f := range sources(t) {
+		b.WriteString(read(t, f))
 	}
 	return b.String()
 }
 
 func readme(t *testing.T) string { return read(t, filepath.Join("..", "README.md")) }
 
-// pages are the README and the pages of docs, by their paths.
+// pages are the README, CONTRIBUTING and the pages of docs, by their paths.
 func pages(t *testing.T) []string {
 	t.Helper()
 	docs, err := filepath.Glob("../docs/*.md")
 	if err != nil || len(docs) == 0 {
 		t.Fatalf("no pages in docs: %v", err)
 	}
-	return append([]string{"../README.md"}, docs...)
+	return append([]string{"../README.md", "../CONTRIBUTING.md"}, docs...)
 }
 
 // A fenced is a block of code in a page.
@@ -87,6 +105,23 @@ func fencesOf(t *testing.T, page string) (all []fenced) {
 		t.Fatalf("%s:%d: the block has no end", page, open.line)
 	}
 	return all
+}
+
+// The README is read in one sitting, and has what a plugin's README has, in its order.
+func TestReadmeOneSitting(t *testing.T) {
+	if n := strings.Count(readme(t), "\n"); n > 300 {
+		t.Errorf("the README has %d lines, want at most 300: the rest goes to docs", n)
+	}
+	rest := readme(t)
+	for _, h := range []string{
+		"Try it", "On a cluster in five minutes",
+		"Name", "Description", "Syntax", "Metrics", "Ready", "Examples", "See Also", "Bugs",
+	} {
+		var found bool
+		if _, rest, found = strings.Cut(rest, "\n## "+h+"\n"); !found {
+			t.Fatalf("the README has no section %q where it belongs", h)
+		}
+	}
 }
 
 // Every Corefile in the README and in docs works as it stands, on a node that has what a node and
@@ -190,7 +225,7 @@ func TestReadmeMetrics(t *testing.T) {
 				if l.GetName() == "version" {
 					continue
 				}
-				if !strings.Contains(readme(t)+logsPage(t), "`"+l.GetValue()+"`") {
+				if !strings.Contains(readme(t)+docsPage(t, "logs.md"), "`"+l.GetValue()+"`") {
 					t.Errorf("the README has no %s=%q of %s", l.GetName(), l.GetValue(), f.GetName())
 				}
 			}
@@ -213,14 +248,16 @@ func TestReadmeMetrics(t *testing.T) {
 		t.Errorf("the README's metrics are\n%s\nwant\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
 	}
 	named := regexp.MustCompile(prefix + `\w+`)
-	for _, name := range named.FindAllString(readme(t), -1) {
-		if all := strings.Join(want, "\n"); !strings.Contains(all, "`"+name+"{") && !strings.Contains(all, "`"+name+"`") {
-			t.Errorf("the README names the metric %s, which is not there", name)
+	for _, page := range pages(t) {
+		for _, name := range named.FindAllString(read(t, page), -1) {
+			if all := strings.Join(want, "\n"); !strings.Contains(all, "`"+name+"{") && !strings.Contains(all, "`"+name+"`") {
+				t.Errorf("%s names the metric %s, which is not there", page, name)
+			}
 		}
 	}
 }
 
-// Whatever the README says to make can be made.
+// Whatever a page says to make can be made.
 func TestReadmeMakeTargets(t *testing.T) {
 	targets := regexp.MustCompile(`(?m)^([a-z0-9-]+):`)
 	var have []string
@@ -248,50 +285,110 @@ func TestReadmeMakeTargets(t *testing.T) {
 			}
 			named++
 			if words[0] == "make" && !slices.Contains(have, w) {
-				t.Errorf("the README says %q, and the Makefile has no %s", strings.TrimSpace(c[1]), w)
+				t.Errorf("a page says %q, and the Makefile has no %s", strings.TrimSpace(c[1]), w)
 			}
 		}
 	}
-	if named < 5 {
-		t.Errorf("the README names %d targets, want at least 5", named)
+	if named < 20 {
+		t.Errorf("the pages name %d targets, want at least 20", named)
 	}
 }
 
-// The messages that the README explains are those of the code. An ellipsis stands for
-// what differs from one time to the next.
-func TestReadmeMessages(t *testing.T) {
-	source := source(t)
-	_, table, _ := strings.Cut(readme(t), "\n### Errors\n")
-	table, _, _ = strings.Cut(table, "\n## ")
-	messages := 0
-	for line := range strings.Lines(table + logsPage(t)) {
+// explained are the messages in the first cells of the tables of errors.md and logs.md, in the
+// second ones of the table of faults.
+func explained(t *testing.T) (messages []string) {
+	for line := range strings.Lines(docsPage(t, "errors.md") + docsPage(t, "logs.md")) {
 		if !strings.HasPrefix(line, "| `") {
 			continue
 		}
-		// The message is in the first cell, but for the table of faults.
 		cells := strings.Split(line[2:], " | ")
 		cell := cells[0]
 		if len(cells) == 3 {
 			cell = cells[1]
 		}
 		for _, m := range regexp.MustCompile("`([^`]+)`").FindAllStringSubmatch(cell, -1) {
-			messages++
-			for part := range strings.SplitSeq(m[1], "…") {
-				if part = strings.TrimSpace(part); !strings.Contains(source, part) {
-					t.Errorf("the README explains the message %q, but no code says %q", m[1], part)
-				}
-			}
+			messages = append(messages, m[1])
 		}
 	}
-	if messages < 20 {
-		t.Errorf("%d messages in the README, want at least 20", messages)
+	return messages
+}
+
+// contains tells whether the parts of a message are in the text, in any order. An ellipsis stands for
+// what differs from one time to the next.
+func contains(text, message string) bool {
+	for part := range strings.SplitSeq(message, "…") {
+		if !strings.Contains(text, strings.TrimSpace(part)) {
+			return false
+		}
+	}
+	return true
+}
+
+// The messages that the pages explain are those of the code.
+func TestReadmeMessages(t *testing.T) {
+	source := source(t)
+	messages := explained(t)
+	for _, m := range messages {
+		if !contains(source, m) {
+			t.Errorf("a page explains the message %q, and no code says that", m)
+		}
+	}
+	if len(messages) < 80 {
+		t.Errorf("%d messages in the pages, want at least 80", len(messages))
 	}
 }
 
-// What a page links to is there, as is the heading, and the README links to each page.
+// The pages explain every warning and every error that the code logs.
+func TestReadmeHasEachWarning(t *testing.T) {
+	messages := explained(t)
+	logged := 0
+	for _, path := range sources(t) {
+		files := token.NewFileSet()
+		file, err := parser.ParseFile(files, path, nil, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ast.Inspect(file, func(n ast.Node) bool {
+			call, ok := n.(*ast.CallExpr)
+			if !ok || len(call.Args) == 0 {
+				return true
+			}
+			f, ok := call.Fun.(*ast.SelectorExpr)
+			if !ok || !slices.Contains([]string{"Warning", "Warningf", "Error", "Errorf"}, f.Sel.Name) {
+				return true
+			}
+			if of, ok := f.X.(*ast.Ident); !ok || of.Name != "log" {
+				return true
+			}
+			literal, ok := call.Args[0].(*ast.BasicLit)
+			if !ok {
+				return true // made elsewhere
+			}
+			text, err := strconv.Unquote(literal.Value)
+			if err != nil {
+				t.Fatal(err)
+			}
+			logged++
+			words := regexp.MustCompile(`%\w`).ReplaceAllString(text, "")
+			if !strings.ContainsFunc(words, unicode.IsLetter) {
+				return true // an error that is one of the table
+			}
+			if !slices.ContainsFunc(messages, func(m string) bool { return contains(text, m) }) {
+				t.Errorf("%s: no page explains %q", files.Position(call.Pos()), text)
+			}
+			return true
+		})
+	}
+	if logged < 20 {
+		t.Errorf("%d warnings and errors found, want at least 20", logged)
+	}
+}
+
+// What a page links to is there, as is the heading, and the index links to each page, the README
+// to the index. The pages that the manifests name are there too.
 func TestPagesLinks(t *testing.T) {
 	link := regexp.MustCompile(`\]\(([^)]+)\)`)
-	linked := map[string]bool{}
+	linked := map[string][]string{} // by the page that links
 	for _, page := range pages(t) {
 		for _, m := range link.FindAllStringSubmatch(read(t, page), -1) {
 			target, heading, _ := strings.Cut(m[1], "#")
@@ -302,9 +399,7 @@ func TestPagesLinks(t *testing.T) {
 			if target != "" {
 				path = filepath.Join(filepath.Dir(page), target)
 			}
-			if filepath.Base(page) == "README.md" {
-				linked[path] = true
-			}
+			linked[page] = append(linked[page], path)
 			if _, err := os.Stat(path); err != nil {
 				t.Errorf("%s links to %s: %v", page, m[1], err)
 			} else if heading != "" && !slices.Contains(headings(t, path), heading) {
@@ -312,10 +407,48 @@ func TestPagesLinks(t *testing.T) {
 			}
 		}
 	}
-	for _, page := range pages(t)[1:] {
-		if !linked[filepath.Clean(page)] {
+	const index = "../docs/README.md"
+	for _, page := range pages(t) {
+		if page != index && !slices.Contains(linked[index], page) {
+			t.Errorf("%s does not link to %s", index, page)
+		}
+	}
+	for _, page := range []string{index, "../CONTRIBUTING.md"} {
+		if !slices.Contains(linked["../README.md"], page) {
 			t.Errorf("the README does not link to %s", page)
 		}
+	}
+
+	named := regexp.MustCompile(`docs/[\w-]+\.md`)
+	err := filepath.WalkDir("../k8s", func(path string, e os.DirEntry, err error) error {
+		if err != nil || e.IsDir() {
+			return err
+		}
+		for _, name := range named.FindAllString(read(t, path), -1) {
+			if _, err := os.Stat(filepath.Join("..", name)); err != nil {
+				t.Errorf("%s names %s: %v", path, name, err)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// The files that CONTRIBUTING says to look in are there.
+func TestContributingFiles(t *testing.T) {
+	_, table, _ := strings.Cut(read(t, "../CONTRIBUTING.md"), "\n## Where\n")
+	table, _, _ = strings.Cut(table, "\n## ")
+	files := 0
+	for _, m := range regexp.MustCompile("`([^` ]+)`").FindAllStringSubmatch(table, -1) {
+		files++
+		if found, err := filepath.Glob(filepath.Join("..", m[1])); err != nil || len(found) == 0 {
+			t.Errorf("CONTRIBUTING says to look in %s, which is not there: %v", m[1], err)
+		}
+	}
+	if files < 10 {
+		t.Errorf("%d files in CONTRIBUTING, want at least 10", files)
 	}
 }
 

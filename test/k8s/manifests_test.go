@@ -180,8 +180,8 @@ func folders(t *testing.T, dir string) (names []string) {
 	return names
 }
 
-// The images that the manifests take are those that make image builds of the release, and the
-// README's command has the same tag.
+// The images that the manifests take are those that make image builds of the release, and those
+// in the README and in docs have the same tag.
 func TestImagesAreThoseOfMake(t *testing.T) {
 	cmd := exec.Command("make", "--no-print-directory", "-n", "image", "VERSION="+release)
 	cmd.Dir = ".."
@@ -199,14 +199,25 @@ func TestImagesAreThoseOfMake(t *testing.T) {
 	if want := []string{"iptables " + usual.image, "nftables " + static.image}; !slices.Equal(got, want) {
 		t.Errorf("make image builds %q, want %q:\n%s", got, want, out)
 	}
-	readme, err := os.ReadFile(filepath.Join("..", "README.md"))
+	pages, err := filepath.Glob(filepath.Join("..", "docs", "*.md"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, m := range regexp.MustCompile(`coredns-nodecache:([\w.-]+)`).FindAllStringSubmatch(string(readme), -1) {
-		if m[1] != tag {
-			t.Errorf("the README has the image %s, want the tag %s", m[0], tag)
+	tags := 0
+	for _, path := range append(pages, filepath.Join("..", "README.md")) {
+		page, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
 		}
+		for _, m := range regexp.MustCompile(`coredns-nodecache:([\w.-]+)`).FindAllStringSubmatch(string(page), -1) {
+			tags++
+			if m[1] != tag {
+				t.Errorf("%s has the image %s, want the tag %s", path, m[0], tag)
+			}
+		}
+	}
+	if tags < 2 {
+		t.Errorf("%d images with a tag in the pages, want at least 2", tags)
 	}
 	changes, err := os.ReadFile(filepath.Join("..", "CHANGELOG.md"))
 	if err != nil {
@@ -568,16 +579,16 @@ func TestFastpathAddsOneLine(t *testing.T) {
 	}
 }
 
-// The kustomization that the README shows builds, and does what it says.
+// The kustomization that docs/on-a-cluster.md shows builds, and does what it says.
 func TestReadmeKustomization(t *testing.T) {
-	readme, err := os.ReadFile(filepath.Join("..", "README.md"))
+	page, err := os.ReadFile(filepath.Join("..", "docs", "on-a-cluster.md"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, text, ok := strings.Cut(string(readme), "\n~~~ yaml\n")
+	_, text, ok := strings.Cut(string(page), "\n~~~ yaml\n")
 	text, _, ok2 := strings.Cut(text, "~~~\n")
 	if !ok || !ok2 {
-		t.Fatal("the README has no YAML")
+		t.Fatal("the page has no YAML")
 	}
 	m := build(t, func(up string) string { return strings.ReplaceAll(text, "- k8s/", "- "+up+"/") })
 	if len(m.DaemonSets) != 2 {
