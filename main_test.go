@@ -23,7 +23,6 @@ var (
 	must       = testkit.Must
 	wantError  = testkit.WantError
 	serveOn    = testkit.ServeOn
-	local      = testkit.Local
 	dialUDP    = testkit.DialUDP
 	dnsOn      = testkit.DNSOn
 	handOver   = testkit.HandOver
