@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/contentful-labs/coredns-nodecache/internal/desired"
+	"github.com/contentful-labs/coredns-nodecache/internal/life"
 )
 
 // Abandon takes back what a start of CoreDNS has put on the node. It is for a main
@@ -20,15 +21,14 @@ func Abandon() {
 
 func (n *node) takeBack() error {
 	return n.do(func() error {
-		if n.exited || n.starting == nil && n.running == nil {
+		if n.life.Kind == life.Absent || !n.on(life.Exits, nil) {
 			return nil
 		}
 		began := time.Now()
-		n.exited = true
 		n.ready.Store(false)
 		n.leave(n.want)
-		if n.running != nil { // all that is ours has been listened on, and asked
-			n.drain(n.running.listeners(), false, began.Add(drainLimit))
+		if n.life.InForce != nil { // all that is ours has been listened on, and asked
+			n.drain(n.life.InForce.listeners(), false, began.Add(drainLimit))
 		}
 		return n.inTurn(func() error {
 			n.member.hide()

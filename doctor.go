@@ -80,8 +80,8 @@ func (n *node) examineFirst(cfg *config) {
 
 // examineAgain has it examined from time to time.
 func (n *node) examineAgain() {
-	if n.running != nil && !n.exited {
-		go n.examine(n.site(n.running), true)
+	if cfg := n.life.InForce; cfg != nil && !n.exited() {
+		go n.examine(n.site(cfg), true)
 	}
 }
 

@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"github.com/contentful-labs/coredns-nodecache/internal/desired"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/life"
 )
 
 // NetworkManager's files are as those of 1.42: of a link that it has noted, of one to
@@ -196,7 +198,12 @@ func TestExaminesWhateverSync(t *testing.T) {
 		return nil
 	}})
 	n := newNode()
-	must(t, n.do(func() error { n.running = newConfig(); n.tick(maxSync); n.examineFirst(n.running); return nil }))
+	must(t, n.do(func() error {
+		n.life = life.Phase[config]{Kind: life.Serving, InForce: newConfig()}
+		n.tick(maxSync)
+		n.examineFirst(n.life.InForce)
+		return nil
+	}))
 	for i := range 3 {
 		select {
 		case <-looks:
@@ -204,7 +211,7 @@ func TestExaminesWhateverSync(t *testing.T) {
 			t.Fatalf("%d looks", i)
 		}
 	}
-	must(t, n.do(func() error { n.exited = true; n.examineTick.Stop(); return nil }))
+	must(t, n.do(func() error { n.on(life.Exits, nil); n.examineTick.Stop(); return nil }))
 	examination.Lock() // what is under way comes to its end
 	defer examination.Unlock()
 	examination.found = nil

@@ -209,8 +209,8 @@ func (l *latecomers) missing() int {
 // inForce tells whether a configuration is, and whether it will not be again.
 func (n *node) inForce(cfg *config) (is, over bool) {
 	n.do(func() error {
-		is = n.running == cfg && !n.exited
-		over = n.running != cfg && n.starting != cfg || n.exited
+		is = n.life.InForce == cfg && !n.exited()
+		over = !n.life.Has(cfg) || n.exited()
 		return nil
 	})
 	return is, over

@@ -218,7 +218,7 @@ func (n *node) observe() {
 	}
 
 	own := processIdle
-	if n.running != nil && !n.exited {
+	if n.life.InForce != nil && !n.exited() {
 		own = processServing
 	}
 	for _, s := range []string{processServing, processIdle, processSilent} {

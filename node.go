@@ -1,6 +1,7 @@
 package nodecache
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -17,6 +18,7 @@ import (
 	"golang.org/x/time/rate"
 
 	"github.com/contentful-labs/coredns-nodecache/internal/desired"
+	"github.com/contentful-labs/coredns-nodecache/internal/life"
 
 	"github.com/contentful-labs/coredns-nodecache/internal/sockets"
 )
@@ -86,10 +88,9 @@ type node struct {
 	deadline time.Time     // of an exit's work, or of a start's undoing; zero: none
 	left     leftRules
 
-	running  *config       // in force, nil before the first
-	starting *config       // of an instance that is on its way up
-	want     desired.State // what was last made to stand
-	added    made          // by the last start, beside what was there
+	life  life.Phase[config]
+	want  desired.State // what was last made to stand
+	added made          // by the last start, beside what was there
 	// goal is what the last reduction was to leave; owing says that it has not been
 	// reached, since something failed, and is tried again after pause.
 	goal      desired.State
@@ -97,8 +98,7 @@ type node struct {
 	pause     time.Duration
 	netifs    map[string]*netif
 	firewalls map[string]firewall
-	auto      string // what the backend auto has come out as
-	exited    bool
+	auto      string          // what the backend auto has come out as
 	exitBegan time.Time       // zero before
 	patience  time.Duration   // what of politeness is left
 	faulty    map[string]bool // backends whose last ensure failed
@@ -215,12 +215,12 @@ func (n *node) links() (names []string) {
 // waits for a turn as long as its politeness lasts, and then goes on without.
 func (n *node) inTurn(f func() error) error {
 	ctx, within, answers := n.exiting, turnLimit, askLimit
-	if n.exited {
+	if n.exited() {
 		ctx, within, answers = context.Background(), n.patience, askLimitAtExit
 	}
 	began := time.Now()
 	end, err := turn(ctx, within)
-	if n.exited {
+	if n.exited() {
 		n.patience -= min(time.Since(began), n.patience)
 	}
 	if err != nil {
@@ -249,11 +249,11 @@ func (n *node) show(want desired.State, serves []desired.Endpoint) error {
 // configuration in force. It is OnStartup: CoreDNS has not listened yet.
 func (n *node) start(cfg *config) error {
 	return n.do(func() error {
-		if n.exited {
+		if n.exited() {
 			return errors.New("the process is on its way out")
 		}
 		err := n.bring(cfg)
-		if n.running == nil && n.auto == backendIPT && cfg.auto() && isFirewallError(err) {
+		if n.life.Kind == life.Absent && n.auto == backendIPT && cfg.auto() && isFirewallError(err) {
 			log.Warningf("iptables does not work here, trying nftables: %v", err)
 			n.auto = backendNFT
 			delete(n.firewalls, backendIPT)
@@ -289,7 +289,7 @@ func (n *node) bring(cfg *config) error {
 		return err
 	})
 	if err != nil {
-		if n.running == nil {
+		if n.life.Kind == life.Absent {
 			n.member.hide()
 		} else if err := n.show(was, n.serves()); err != nil {
 			log.Errorf("%v", err)
@@ -298,9 +298,10 @@ func (n *node) bring(cfg *config) error {
 	}
 	// What cfg does not have is left while the old servers still read: they stop to
 	// read, with their sockets open, as soon as the new ones listen.
-	n.want, n.starting = want, cfg
+	n.want = want
+	n.on(life.Begins, cfg)
 	n.leave(was.Minus(target))
-	if n.running != nil {
+	if n.life.Kind == life.Changing {
 		n.serve(was.Only(target))
 		n.readOut()
 	}
@@ -309,7 +310,7 @@ func (n *node) bring(cfg *config) error {
 		n.watch()
 	}
 	first := !caddy.Started()
-	if n.running == nil && !first {
+	if n.life.Kind == life.Rising && !first {
 		// The instance in force has no callback of ours that would tell of a failure.
 		for _, i := range caddy.Instances() {
 			if configOf(i) != cfg {
@@ -324,32 +325,48 @@ func (n *node) bring(cfg *config) error {
 // abandon takes everything back when a reload that brought the directive failed.
 func (n *node) abandon(cfg *config) {
 	n.do(func() error {
-		if n.starting != cfg && n.running != cfg || n.exited {
-			return nil
+		if n.on(life.Fails, cfg) {
+			n.settleInto()
 		}
-		n.running, n.starting = nil, nil
-		n.over()
 		return nil
 	})
 }
 
-// over takes everything back, for want of a configuration.
-func (n *node) over() {
-	n.ready.Store(false)
-	n.syncTick.Stop()
-	n.fast.only(nil)
-	if n.reduceTo(desired.State{}) {
+// settleInto has the node come to what the configuration in force wants, and nothing more;
+// to nothing where there is none.
+func (n *node) settleInto() {
+	cfg := n.life.InForce
+	want := cfg.state(false, n.resolve)
+	if cfg == nil {
+		n.ready.Store(false)
+		n.syncTick.Stop()
+		n.fast.only(nil)
+	}
+	done := n.reduceTo(want)
+	n.serve(want)
+	if cfg == nil && done {
 		log.Infof("no server block in force has nodecache; nothing of it is on the node any more")
 	}
-	n.serve(desired.State{})
 }
+
+// on notes an event, and tells whether it changes the phase.
+func (n *node) on(e life.Event, cfg *config) (changes bool) {
+	was := n.life
+	n.life, changes = n.life.On(e, cfg)
+	if changes {
+		log.Debugf("%s: from %s to %s", e, was.Kind, n.life.Kind)
+	}
+	return changes
+}
+
+func (n *node) exited() bool { return n.life.Kind == life.Gone }
 
 // serves returns what CoreDNS listens on for the configuration in force, and goes on to.
 func (n *node) serves() []desired.Endpoint {
-	if n.running == nil || n.exited {
+	if n.life.InForce == nil || n.exited() {
 		return nil
 	}
-	return n.running.listeners()
+	return n.life.InForce.listeners()
 }
 
 // made is what a start has added, to be taken back when it fails.
@@ -374,8 +391,8 @@ func (n *node) prepare(cfg *config, want desired.State) (made, error) {
 		}
 	}
 	mine := map[desired.Endpoint]bool{}
-	if n.running != nil {
-		for _, e := range n.running.listeners() {
+	if n.life.InForce != nil {
+		for _, e := range n.life.InForce.listeners() {
 			mine[e] = true
 		}
 	}
@@ -489,7 +506,7 @@ func (n *node) tryGoal() (done bool) {
 // settle tries again what is owed, unless a start is on its way, which has a reduction of
 // its own to follow.
 func (n *node) settle() {
-	if n.owing && n.starting == nil && !n.exited {
+	if n.owing && n.life.Next == nil && !n.exited() {
 		n.tryGoal()
 	}
 }
@@ -500,7 +517,7 @@ func (n *node) settle() {
 // one to leave knows that it is.
 func (n *node) reduce(want desired.State) error {
 	defer n.observe()
-	if n.exited || n.running == nil {
+	if n.exited() || n.life.InForce == nil {
 		// Before the others are asked: of two that leave at once, without a turn if
 		// need be, at least one knows that it is the last.
 		n.member.hide()
@@ -508,10 +525,10 @@ func (n *node) reduce(want desired.State) error {
 	return n.inTurn(func() error {
 		left := n.leaving
 		n.leaving = desired.State{}
-		if n.exited && n.others.unknown {
+		if n.exited() && n.others.unknown {
 			n.alone = n.servedAlone(n.want.Minus(want))
 		}
-		if !n.exited && n.running != nil {
+		if !n.exited() && n.life.InForce != nil {
 			if err := n.show(want, n.serves()); err != nil {
 				n.leaving = left
 				return err
@@ -571,8 +588,8 @@ func (n *node) servedAlone(s desired.State) desired.State {
 	for _, rules := range s.Rules {
 		es = append(es, rules...)
 	}
-	if n.running != nil {
-		es = append(es, n.running.listeners()...)
+	if n.life.InForce != nil {
+		es = append(es, n.life.InForce.listeners()...)
 	}
 	shared, served := map[netip.Addr]bool{}, sockets.Strangers(es)
 	for e := range served {
@@ -609,9 +626,9 @@ func (n *node) await(cfg *config, first bool, began time.Time) {
 		over := false
 		n.do(func() error {
 			switch {
-			case n.starting != cfg && n.running != cfg || n.exited:
+			case !n.life.Has(cfg) || n.exited():
 				over = true
-			case !since.IsZero() && (first || n.running == cfg || time.Since(since) >= settle):
+			case !since.IsZero() && (first || n.life.InForce == cfg || time.Since(since) >= settle):
 				n.complete(cfg, began)
 				over = true
 			}
@@ -636,10 +653,9 @@ func (n *node) complete(cfg *config, began time.Time) {
 	if err := sockets.DeepenAll(cfg.listeners()); err != nil {
 		log.Warningf("making room for more unread queries: %v", err)
 	}
-	if n.running == nil {
+	if n.on(life.Listens, cfg) && n.life.Kind == life.Serving {
 		// Nothing of this process to wait for: what a process before it has left
 		// beyond its needs can go.
-		n.running, n.starting = cfg, nil
 		n.fast.only(cfg)
 		n.reduceTo(target)
 	}
@@ -675,7 +691,7 @@ func orNone(s []string, none string) string {
 // for gets no new UDP queries, and the node's own programs do not send from its
 // addresses any more. The next reduce ends this state.
 func (n *node) leave(going desired.State) {
-	if going.Empty() && !n.exited {
+	if going.Empty() && !n.exited() {
 		return
 	}
 	err := n.inTurn(func() error {
@@ -718,13 +734,10 @@ func (n *node) revert(cfg *config) {
 		return
 	}
 	n.do(func() error {
-		if (n.starting == nil || n.starting == cfg) && n.leaving.Empty() || n.exited {
-			return nil
+		if n.on(life.Stays, cfg) {
+			n.tick(cfg.sync())
+			n.settleInto()
 		}
-		n.running, n.starting = cfg, nil
-		n.tick(cfg.sync())
-		n.reduceTo(cfg.state(false, n.resolve))
-		n.serve(n.goal)
 		return nil
 	})
 }
@@ -748,37 +761,20 @@ func configOf(i *caddy.Instance) *config {
 // time begins: the servers still answer, health may let its lameduck pass, and exit
 // follows.
 func (n *node) replaced(cfg *config) {
-	ours := func() bool { return cfg.restarting && !n.exited && (n.running == cfg || n.starting == cfg) }
 	n.do(func() error {
 		if !cfg.restarting && n.exitBegan.IsZero() {
 			n.exitBegan = time.Now()
 		}
-		if ours() {
-			next := n.starting
-			if next == cfg {
-				next = nil
-			}
-			n.fast.only(next)
+		if after, ok := n.life.On(life.Stops, cfg); ok && cfg.restarting {
+			n.fast.only(after.InForce)
 		}
 		return nil
 	})
 	n.fast.finish(stopLimit)
 	n.do(func() error {
-		if !ours() {
-			return nil
+		if cfg.restarting && n.on(life.Stops, cfg) {
+			n.settleInto()
 		}
-		n.running = n.starting
-		if n.running == cfg {
-			n.running = nil
-		}
-		n.starting = nil
-		if n.running == nil {
-			n.over()
-			return nil
-		}
-		want := n.running.state(false, n.resolve)
-		n.reduceTo(want)
-		n.serve(want)
 		return nil
 	})
 }
@@ -789,15 +785,11 @@ func (n *node) replaced(cfg *config) {
 func (n *node) exit() {
 	n.beginExit() // what is under way is cut short
 	n.do(func() error {
-		if n.exited {
+		if !n.on(life.Exits, nil) {
 			return nil
 		}
-		n.exited = true
 		n.ready.Store(false)
-		cfg := n.running
-		if cfg == nil {
-			cfg = n.starting
-		}
+		cfg := cmp.Or(n.life.InForce, n.life.Next)
 		if cfg == nil {
 			return nil
 		}
@@ -814,8 +806,8 @@ func (n *node) exit() {
 		n.deadline = later(began, by.Add(-drainLimit-exitLeast)).Add(exitLeast / 5)
 		n.leave(n.want.Minus(kept))
 		es := cfg.listeners()
-		if n.starting != nil && n.starting != cfg {
-			es = append(es, n.starting.listeners()...)
+		if next := n.life.Next; next != nil && next != cfg {
+			es = append(es, next.listeners()...)
 		}
 		givenUp := n.drain(es, !kept.Empty(), earlier(time.Now().Add(drainLimit), by.Add(-exitLeast)))
 		n.deadline = by
@@ -948,7 +940,7 @@ func (n *node) onlyShared() desired.State {
 // revert follows.
 func (n *node) dropped() {
 	n.do(func() error {
-		if n.running != nil && n.running.restarting && !n.exited {
+		if cfg := n.life.InForce; cfg != nil && cfg.restarting && n.on(life.Drops, cfg) {
 			n.leave(n.want)
 			n.serve(n.onlyShared())
 			n.readOut()
@@ -960,7 +952,7 @@ func (n *node) dropped() {
 // repair puts back what somebody else has removed; with links, only links and
 // addresses, which takes no process.
 func (n *node) repair(links bool, why string) {
-	if n.exited || n.exiting.Err() != nil {
+	if n.exited() || n.exiting.Err() != nil {
 		return
 	}
 	if !links && n.owing {
@@ -976,7 +968,7 @@ func (n *node) repair(links bool, why string) {
 	} else {
 		err = n.inTurn(func() (err error) {
 			missing, err = n.ensure(n.want)
-			if err == nil && n.starting == nil {
+			if err == nil && n.life.Next == nil {
 				err = n.prune(n.want)
 				n.sweep()
 			}
@@ -990,7 +982,7 @@ func (n *node) repair(links bool, why string) {
 		log.Errorf("repairing: %v", count(err))
 	}
 	if !links || err != nil {
-		n.ready.Store(err == nil && n.running != nil)
+		n.ready.Store(err == nil && n.life.InForce != nil)
 	}
 	var back []string
 	for _, object := range slices.Sorted(maps.Keys(missing)) {
@@ -1007,7 +999,7 @@ func (n *node) repair(links bool, why string) {
 		lastSync.SetToCurrentTime()
 	}
 	n.observe()
-	if n.running != nil && n.starting == nil {
+	if n.life.Kind == life.Serving {
 		n.serve(n.want)
 	}
 }
