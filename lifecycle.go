@@ -1,0 +1,356 @@
+package nodecache
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/coredns/caddy"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/desired"
+	"github.com/contentful-labs/coredns-nodecache/internal/life"
+	"github.com/contentful-labs/coredns-nodecache/internal/sockets"
+)
+
+// This file is what the callbacks of CoreDNS come to: they are the events that lead a
+// process from one phase of its life to the next (package life).
+
+// start puts on the node what cfg wants, beside what is there for the
+// configuration in force. It is OnStartup: CoreDNS has not listened yet.
+func (n *node) start(cfg *config) error {
+	return n.do(func() error {
+		if n.exited() {
+			return errors.New("the process is on its way out")
+		}
+		err := n.bring(cfg)
+		if n.life.Kind == life.Absent && n.auto == backendIPT && cfg.auto() && isFirewallError(err) {
+			log.Warningf("iptables does not work here, trying nftables: %v", err)
+			n.auto = backendNFT
+			delete(n.firewalls, backendIPT)
+			err = n.bring(cfg)
+		}
+		return err
+	})
+}
+
+// bring is start's work.
+func (n *node) bring(cfg *config) error {
+	began := time.Now()
+	was := n.want
+	target := cfg.state(false, n.resolve)
+	want := was.Union(target)
+	// Shown before anything is made: who leaves meanwhile leaves it in place.
+	if err := n.show(want, n.serves()); err != nil {
+		return err
+	}
+	err := n.inTurn(func() error {
+		made, err := n.prepare(cfg, want)
+		n.added = made
+		if err == nil {
+			_, err = n.ensure(want)
+		}
+		if err == nil {
+			return nil
+		}
+		err = count(err)
+		if undo := n.undo(was, made); undo != nil {
+			err = fmt.Errorf("%w; and taking back what had been done: %w", err, undo)
+		}
+		return err
+	})
+	if err != nil {
+		if n.life.Kind == life.Absent {
+			n.member.hide()
+		} else if err := n.show(was, n.serves()); err != nil {
+			log.Errorf("%v", err)
+		}
+		return err
+	}
+	// What cfg does not have is left while the old servers still read: they stop to
+	// read, with their sockets open, as soon as the new ones listen.
+	n.want = want
+	n.on(life.Begins, cfg)
+	n.leave(was.Minus(target))
+	if n.life.Kind == life.Changing {
+		n.serve(was.Only(target))
+		n.readOut()
+	}
+	n.tick(cfg.sync())
+	if !want.Empty() {
+		n.watch()
+	}
+	first := !caddy.Started()
+	if n.life.Kind == life.Rising && !first {
+		// The instance in force has no callback of ours that would tell of a failure.
+		for _, i := range caddy.Instances() {
+			if configOf(i) != cfg {
+				i.OnRestartFailed = append(i.OnRestartFailed, func() error { n.abandon(cfg); return nil })
+			}
+		}
+	}
+	go n.await(cfg, first, began)
+	return nil
+}
+
+// abandon takes everything back when a reload that brought the directive failed.
+func (n *node) abandon(cfg *config) {
+	n.do(func() error {
+		if n.on(life.Fails, cfg) {
+			n.settleInto()
+		}
+		return nil
+	})
+}
+
+// settleInto has the node come to what the configuration in force wants, and nothing more;
+// to nothing where there is none.
+func (n *node) settleInto() {
+	cfg := n.life.InForce
+	want := cfg.state(false, n.resolve)
+	if cfg == nil {
+		n.ready.Store(false)
+		n.syncTick.Stop()
+		n.fast.only(nil)
+	}
+	done := n.reduceTo(want)
+	n.serve(want)
+	if cfg == nil && done {
+		log.Infof("no server block in force has nodecache; nothing of it is on the node any more")
+	}
+}
+
+// on notes an event, and tells whether it changes the phase.
+func (n *node) on(e life.Event, cfg *config) (changes bool) {
+	was := n.life
+	n.life, changes = n.life.On(e, cfg)
+	if changes {
+		log.Debugf("%s: from %s to %s", e, was.Kind, n.life.Kind)
+	}
+	return changes
+}
+
+func (n *node) exited() bool { return n.life.Kind == life.Gone }
+
+// serves returns what CoreDNS listens on for the configuration in force, and goes on to.
+func (n *node) serves() []desired.Endpoint {
+	if n.life.InForce == nil || n.exited() {
+		return nil
+	}
+	return n.life.InForce.listeners()
+}
+
+// await waits until CoreDNS listens on everything of cfg and completes its start.
+// first is true for the process's first instance: if that fails the process ends.
+func (n *node) await(cfg *config, first bool, began time.Time) {
+	es := cfg.listeners()
+	since := time.Time{}
+	for {
+		time.Sleep(listenPoll)
+		ok, err := sockets.Listening(es)
+		switch {
+		case err != nil:
+			log.Errorf("%v; taking it that CoreDNS listens", err)
+			since = began
+		case !ok:
+			since = time.Time{}
+		case since.IsZero():
+			since = time.Now()
+		}
+		over := false
+		n.do(func() error {
+			switch {
+			case !n.life.Has(cfg) || n.exited():
+				over = true
+			case !since.IsZero() && (first || n.life.InForce == cfg || time.Since(since) >= settle):
+				n.complete(cfg, began)
+				over = true
+			}
+			return nil
+		})
+		if over {
+			return
+		}
+	}
+}
+
+// complete is called once CoreDNS listens on everything of cfg.
+func (n *node) complete(cfg *config, began time.Time) {
+	target := cfg.state(false, n.resolve)
+	if n.exits == nil {
+		var err error
+		if n.exits, err = hearLastWords(n.member.id()); err != nil {
+			log.Warningf("%v; exits of other processes are not counted", err)
+		}
+	}
+	n.serve(target)
+	if err := sockets.DeepenAll(cfg.listeners()); err != nil {
+		log.Warningf("making room for more unread queries: %v", err)
+	}
+	if n.on(life.Listens, cfg) && n.life.Kind == life.Serving {
+		// Nothing of this process to wait for: what a process before it has left
+		// beyond its needs can go.
+		n.fast.only(cfg)
+		n.reduceTo(target)
+	}
+	n.ready.Store(true)
+	lastSync.SetToCurrentTime()
+	n.describe(target)
+	n.examineFirst(cfg)
+	var kinds, fws []string
+	for name, i := range n.netifs {
+		how := "adopted"
+		if i.made {
+			how = "made"
+		}
+		kinds = append(kinds, fmt.Sprintf("%s (%s, %s)", name, i.kind, how))
+	}
+	for name := range target.Rules {
+		fws = append(fws, n.firewalls[name].String())
+	}
+	slices.Sort(kinds)
+	slices.Sort(fws)
+	log.Infof("in place after %s: %s on %s, out of connection tracking by %s", time.Since(began).Round(time.Millisecond), cfg,
+		orNone(kinds, "no interface of ours"), orNone(fws, "no firewall"))
+}
+
+func orNone(s []string, none string) string {
+	if len(s) == 0 {
+		return none
+	}
+	return strings.Join(s, ", ")
+}
+
+// leave begins to give up going, and says so to the others: what nobody else stays
+// for gets no new UDP queries, and the node's own programs do not send from its
+// addresses any more. The next reduce ends this state.
+func (n *node) leave(going desired.State) {
+	if going.Empty() && !n.exited() {
+		return
+	}
+	err := n.inTurn(func() error {
+		n.leaving = going
+		if err := n.show(n.want, n.serves()); err != nil {
+			log.Errorf("%v", err)
+		}
+		gone := going.Minus(n.others.stays)
+		for name, addrs := range gone.Links {
+			if i := n.netifs[name]; i != nil {
+				i.unprefer(addrs)
+			}
+		}
+		ctx, cancel := n.limit()
+		defer cancel()
+		var errs []error
+		for name, es := range gone.Rules {
+			if fw := n.firewalls[name]; fw != nil {
+				errs = append(errs, fw.leave(ctx, es))
+			}
+		}
+		return errors.Join(errs...)
+	})
+	if err != nil {
+		log.Errorf("leaving: %v", count(err))
+	}
+}
+
+// restarting notes that the instance of cfg is being replaced, or was not.
+func (n *node) restarting(cfg *config, yes bool) {
+	n.do(func() error { cfg.restarting = yes; return nil })
+}
+
+// revert is OnRestartFailed of the instance of cfg, which goes on.
+func (n *node) revert(cfg *config) {
+	if stopped(cfg) {
+		// Another plugin's OnShutdown has failed, after the new instance had taken over.
+		n.restarting(cfg, true)
+		n.replaced(cfg)
+		return
+	}
+	n.do(func() error {
+		if n.on(life.Stays, cfg) {
+			n.tick(cfg.sync())
+			n.settleInto()
+		}
+		return nil
+	})
+}
+
+// stopped tells whether CoreDNS has stopped the instance of cfg, in favour of another.
+func stopped(cfg *config) bool {
+	instances := caddy.Instances()
+	return len(instances) > 0 && !slices.ContainsFunc(instances, func(i *caddy.Instance) bool { return configOf(i) == cfg })
+}
+
+// configOf returns the config of an instance, or nil where no block of it has nodecache.
+func configOf(i *caddy.Instance) *config {
+	i.StorageMu.RLock()
+	defer i.StorageMu.RUnlock()
+	cfg, _ := i.Storage[configKey{}].(*config)
+	return cfg
+}
+
+// replaced is OnShutdown of the instance of cfg. In a reload its servers have
+// stopped and the new instance serves. At an exit nothing is done here, but that its
+// time begins: the servers still answer, health may let its lameduck pass, and exit
+// follows.
+func (n *node) replaced(cfg *config) {
+	n.do(func() error {
+		if !cfg.restarting && n.exitBegan.IsZero() {
+			n.exitBegan = time.Now()
+		}
+		if after, ok := n.life.On(life.Stops, cfg); ok && cfg.restarting {
+			n.fast.only(after.InForce)
+		}
+		return nil
+	})
+	n.fast.finish(stopLimit)
+	n.do(func() error {
+		if cfg.restarting && n.on(life.Stops, cfg) {
+			n.settleInto()
+		}
+		return nil
+	})
+}
+
+// readOut has the old servers read, in a reload, what has arrived for what they
+// leave: they stop to read soon, and what they have not read then is lost.
+func (n *node) readOut() {
+	if len(n.leaving.Rules) == 0 {
+		return
+	}
+	time.Sleep(underWay)
+	for _, es := range n.leaving.Rules {
+		if err := sockets.ReadOut(es, time.Now().Add(readOutLimit)); err != nil {
+			log.Errorf("leaving: %v", err)
+		}
+	}
+}
+
+// onlyShared returns what of want other processes serve too.
+func (n *node) onlyShared() desired.State {
+	s := desired.State{Rules: map[string][]desired.Endpoint{}}
+	for b, es := range n.want.Rules {
+		for _, e := range es {
+			if n.others.serves[e] {
+				s.Rules[b] = append(s.Rules[b], e)
+			}
+		}
+	}
+	return s
+}
+
+// dropped is called when a Corefile without the directive has been read. The
+// instance in force is about to stop if that Corefile turns out to be good; else
+// revert follows.
+func (n *node) dropped() {
+	n.do(func() error {
+		if cfg := n.life.InForce; cfg != nil && cfg.restarting && n.on(life.Drops, cfg) {
+			n.leave(n.want)
+			n.serve(n.onlyShared())
+			n.readOut()
+		}
+		return nil
+	})
+}
