@@ -17,7 +17,7 @@ import (
 // the abstract namespace, which belongs to the network namespace as the members' do.
 const lastWordsPrefix = "@nodecache/exits/"
 
-var lastWordsSockets = socketKind{unix.SOCK_DGRAM, unix.BPF_TCP_CLOSE, func(name string) bool { return hasID(name, lastWordsPrefix) }}
+var lastWordsSockets = socketKind{unix.SOCK_DGRAM, 1<<unix.BPF_TCP_CLOSE | 1<<unix.BPF_TCP_ESTABLISHED, func(name string) bool { return hasID(name, lastWordsPrefix) }}
 
 // lastWords is how an exit went.
 type lastWords struct {

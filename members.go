@@ -37,7 +37,7 @@ const (
 	answersAtOnce = 64
 )
 
-var memberSockets = socketKind{unix.SOCK_STREAM, unix.BPF_TCP_LISTEN, func(name string) bool { return hasID(name, memberPrefix) }}
+var memberSockets = socketKind{unix.SOCK_STREAM, 1 << unix.BPF_TCP_LISTEN, func(name string) bool { return hasID(name, memberPrefix) }}
 
 // others is what all other processes on the node want together.
 type others struct {

@@ -1,6 +1,7 @@
 package nodecache
 
 import (
+	"fmt"
 	"net"
 	"net/netip"
 	"runtime"
@@ -355,5 +356,20 @@ func TestLastWordsOfOtherUsersAreIgnored(t *testing.T) {
 	eventually(t, "root's are counted", func() bool { return counted(t, givenUp) != before })
 	if got := counted(t, givenUp) - before; got != 1 {
 		t.Errorf("counted %v queries, want 1", got)
+	}
+}
+
+// A datagram leaves its receiver in another state than it has found it (unix_dgram_connect,
+// Linux 6.18).
+func TestLastWordsAreHeardMoreThanOnce(t *testing.T) {
+	needRoot(t)
+	c, err := hearLastWords("0000000000000005")
+	must(t, err)
+	defer c.Close()
+	const givenUp = "coredns_nodecache_drain_queries_given_up_total"
+	before := counted(t, givenUp)
+	for k := range 3 {
+		lastWords{GivenUp: 1}.tell("0000000000000006") // which counts them too
+		eventually(t, fmt.Sprintf("exit %d is counted twice", k), func() bool { return counted(t, givenUp) == before+2*float64(k+1) })
 	}
 }

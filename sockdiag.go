@@ -30,12 +30,13 @@ type unixSocket struct {
 // connections that a listener has accepted have its name, and as long as it has not yet
 // accepted them they pass for root's.
 type socketKind struct {
-	typ, state uint8
-	is         func(name string) bool
+	typ    uint8
+	states uint32 // 1 << unix.BPF_TCP_LISTEN …
+	is     func(name string) bool
 }
 
 func (k socketKind) has(s unixSocket) bool {
-	return s.typ == k.typ && s.state == k.state && k.is(s.name)
+	return s.typ == k.typ && k.states&(1<<s.state) != 0 && k.is(s.name)
 }
 
 // listLimit bounds how many sockets of users that count are looked at.
@@ -85,7 +86,7 @@ func listSockets(k socketKind) (socketList, error) {
 			l.more = true
 		}
 	}
-	if err := diagSockets(k.state, note); err != nil {
+	if err := diagSockets(k.states, note); err != nil {
 		log.Debugf("asking the kernel for unix sockets: %v; reading /proc/net/unix", err)
 		l, unsure = socketList{}, nil
 		if e := procSockets(note); e != nil {
@@ -145,10 +146,10 @@ func (r unixDiagRequest) Serialize() []byte {
 	return b
 }
 
-// diagSockets calls f for the unix sockets in a state.
-func diagSockets(state uint8, f func(unixSocket)) error {
+// diagSockets calls f for the unix sockets in any of the states.
+func diagSockets(states uint32, f func(unixSocket)) error {
 	req := nl.NewNetlinkRequest(nl.SOCK_DIAG_BY_FAMILY, unix.NLM_F_DUMP)
-	req.AddData(unixDiagRequest{states: 1 << state, show: udiagShowName | udiagShowUID})
+	req.AddData(unixDiagRequest{states: states, show: udiagShowName | udiagShowUID})
 	return req.ExecuteIter(unix.NETLINK_SOCK_DIAG, nl.SOCK_DIAG_BY_FAMILY, func(msg []byte) bool {
 		if s, ok := parseUnixDiag(msg); ok {
 			f(s)

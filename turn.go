@@ -26,7 +26,7 @@ const (
 	turnPollMost = 20 * time.Millisecond
 )
 
-var lockSockets = socketKind{unix.SOCK_STREAM, unix.BPF_TCP_LISTEN, func(name string) bool { return slices.Contains(lockNames, name) }}
+var lockSockets = socketKind{unix.SOCK_STREAM, 1 << unix.BPF_TCP_LISTEN, func(name string) bool { return slices.Contains(lockNames, name) }}
 
 // turn waits, within a time, until no other process is changing the node's link or rules,
 // and returns what ends this process's turn. The kernel ends that of one that dies.
