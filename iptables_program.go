@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"reflect"
 	"slices"
 	"strconv"
 	"strings"
@@ -51,12 +52,6 @@ func (x *xtables) know(ctx context.Context) error {
 	if x.variant != "" {
 		return nil
 	}
-	// go-iptables knows the variant too, and keeps it to itself. iptables-save names it at
-	// the head of what it prints only from 1.8.8 on.
-	said, err := x.run(ctx, x.program(""), nil, "--version")
-	if err != nil {
-		return err
-	}
 	proto := goiptables.ProtocolIPv4
 	if x.family == ipv6 {
 		proto = goiptables.ProtocolIPv6
@@ -65,9 +60,9 @@ func (x *xtables) know(ctx context.Context) error {
 	if err != nil {
 		return setupError(errFirewall, fmt.Errorf("running %s: %w", x.program(""), err))
 	}
-	variant := variantLegacy // before 1.8 there was no other
-	if strings.Contains(said, "("+variantNFT+")") {
-		variant = variantNFT
+	variant, err := x.mode(ctx, ipt)
+	if err != nil {
+		return err
 	}
 	major, minor, patch := ipt.GetIptablesVersion()
 	x.version = fmt.Sprintf("%d.%d.%d", major, minor, patch)
@@ -79,6 +74,24 @@ func (x *xtables) know(ctx context.Context) error {
 	}
 	x.variant = variant
 	return nil
+}
+
+// mode returns the variant of the programs. iptables-save names it at the head of what it
+// prints only from 1.8.8 on, and before 1.8 there was but one. go-iptables has read it from
+// what the program says of its version, and keeps it to itself; to ask the program again
+// would be one process more at each start.
+func (x *xtables) mode(ctx context.Context, ipt *goiptables.IPTables) (string, error) {
+	if mode := reflect.ValueOf(ipt).Elem().FieldByName("mode"); mode.Kind() == reflect.String && mode.Len() > 0 {
+		return mode.String(), nil
+	}
+	said, err := x.run(ctx, x.program(""), nil, "--version")
+	if err != nil {
+		return "", err
+	}
+	if strings.Contains(said, "("+variantNFT+")") {
+		return variantNFT, nil
+	}
+	return variantLegacy, nil
 }
 
 // nft tells whether the programs are those of the variant iptables-nft.
