@@ -195,16 +195,9 @@ func (g *guard) enter(q nameType, from source) (v visit, why string) {
 	return v, ""
 }
 
-// others returns how many queries are under way in the other blocks of the Corefile, which may
-// ask this one.
-func (g *guard) others() (n int) {
-	for _, o := range g.group.all {
-		if o != g {
-			n += int(o.underWay.Load())
-		}
-	}
-	return n
-}
+// others returns how many queries are under way elsewhere in this process, whose server blocks
+// may ask this one: those of the Corefile before count too, since they ask it once it listens.
+func (g *guard) others() int { return int(g.group.underWay.Load() - g.underWay.Load()) }
 
 // leave is called when a query that has entered is answered.
 func (g *guard) leave(v visit) {
