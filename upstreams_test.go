@@ -65,3 +65,18 @@ func TestReceiver(t *testing.T) {
 		}
 	}
 }
+
+// The kernel has the ClusterIPs of kube-proxy in IPVS mode, and yet nobody here gets what is
+// sent to them.
+func TestReceiverBesideIPVS(t *testing.T) {
+	needRoot(t)
+	cleanLinks(t)
+	must(t, (&netif{name: ipvsLink}).add())
+	defer removeLink(t, ipvsLink)
+	addAddr(t, ipvsLink, "10.96.0.10/32")
+	eventually(t, "the address is seen", func() bool { return locals.has(addr("10.96.0.10")) })
+	rs := newRouting([]*route{{configs: []*dnsserver.Config{{Zone: ".", Port: "53", Transport: "dns"}}, hosts: []netip.Addr{netip.IPv6Unspecified()}}})
+	if rs.receiver(target{transport: "dns", at: netip.MustParseAddrPort("10.96.0.10:53")}, "a.test.") != nil {
+		t.Error("a query to the ClusterIP comes to a server block that listens on all addresses")
+	}
+}
