@@ -119,15 +119,18 @@ func readHost(h string) (netip.Addr, error) {
 	return a.WithZone("").Unmap(), err
 }
 
-// renames tells whether a rewrite changes names.
+// renames tells whether a rewrite changes names, in the line or in the block that is opened
+// there.
 func renames(tokens []caddyfile.Token) bool {
 	d := caddyfile.NewDispenserTokens("", tokens)
 	for d.Next() {
-		args := d.RemainingArgs()
-		if len(args) > 1 && (args[0] == "continue" || args[0] == "stop") {
-			args = args[1:]
+		words := append([]string{d.Val()}, d.RemainingArgs()...)
+		for _, before := range [][]string{{"rewrite"}, {"continue", "stop"}} {
+			if len(words) > 1 && slices.Contains(before, words[0]) {
+				words = words[1:]
+			}
 		}
-		if len(args) > 0 && strings.EqualFold(args[0], "name") {
+		if strings.EqualFold(words[0], "name") {
 			return true
 		}
 	}
