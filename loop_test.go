@@ -148,6 +148,7 @@ func TestGuardRefusesWhatThisProcessSends(t *testing.T) {
 // Names that change on the way are no way out.
 func TestGuardRefusesGrowingNames(t *testing.T) {
 	gs, s := newGuards(1), newSlowUpstream()
+	gs[0].group.renames = true
 	h := guarded{gs[0], s}
 	var wg sync.WaitGroup
 	from := ownSocket(t)
