@@ -20,10 +20,11 @@ const lateEvery = time.Second
 type latecomers struct {
 	node  *node
 	cfg   *config
-	ports []otherPort // of all plugins, and of the server blocks that are not ours
+	ports []otherPort            // of all plugins, and of the server blocks that are not ours
+	uses  map[string][]otherPort // by plugin, in the order of their callbacks
 
 	mu     sync.Mutex
-	putOff map[string][]func() error // by plugin
+	putOff map[otherPort][]func() error // by what has to be free
 	// yielding is true while the plugins' other callbacks, for a reload and an exit,
 	// have their turn.
 	yielding bool
@@ -39,11 +40,11 @@ type latecomersKey struct{}
 var latest atomic.Pointer[latecomers]
 
 func newLatecomers(c *caddy.Controller, cfg *config) (*latecomers, error) {
-	ports, err := otherPorts(c)
+	ports, uses, err := otherPorts(c)
 	if err != nil {
 		return nil, err
 	}
-	l := &latecomers{node: theNode, cfg: cfg, ports: ports, putOff: map[string][]func() error{}}
+	l := &latecomers{node: theNode, cfg: cfg, ports: ports, uses: uses, putOff: map[otherPort][]func() error{}}
 	c.Set(latecomersKey{}, l)
 	afterEachDirective()
 	return l, nil
@@ -71,20 +72,25 @@ func afterEachDirective() {
 	}
 }
 
-// wrap has those callbacks put off if need be that a plugin has added to the first ones.
+// wrap has those callbacks put off if need be that a plugin has added to the first ones:
+// as many each time that it is named.
 func (l *latecomers) wrap(plugin string, callbacks []func() error, first int) int {
-	for i := first; i < len(callbacks) && optional(plugin); i++ {
-		f := callbacks[i]
-		callbacks[i] = func() error { return l.call(plugin, f) }
+	uses, added := l.uses[plugin], len(callbacks)-first
+	if !optional(plugin) || len(uses) == 0 {
+		return len(callbacks)
+	}
+	for i := range added {
+		f, what := callbacks[first+i], uses[i*len(uses)/added].together()
+		callbacks[first+i] = func() error { return l.call(what, f) }
 	}
 	return len(callbacks)
 }
 
 // call is what CoreDNS calls for f.
-func (l *latecomers) call(plugin string, f func() error) error {
+func (l *latecomers) call(what otherPort, f func() error) error {
 	l.mu.Lock()
-	if waiting, late := l.putOff[plugin]; late {
-		l.putOff[plugin] = append(waiting, f)
+	if waiting, late := l.putOff[what]; late {
+		l.putOff[what] = append(waiting, f)
 		l.mu.Unlock()
 		return nil
 	}
@@ -109,17 +115,17 @@ func (l *latecomers) resume() error {
 	return l.watch()
 }
 
-func (l *latecomers) putOffThose(late map[string][]error) {
+func (l *latecomers) putOffThose(late map[otherPort][]error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.yielding = false
-	for plugin, why := range late {
-		if _, known := l.putOff[plugin]; known {
+	for what, why := range late {
+		if _, known := l.putOff[what]; known {
 			continue
 		}
-		l.putOff[plugin] = nil
+		l.putOff[what] = nil
 		for _, err := range why {
-			log.Warningf("%v; DNS is served all the same, and the port tried again until it is free%s", err, without[plugin])
+			log.Warningf("%v; DNS is served all the same, and the port tried again until it is free%s", err, without[what.plugin])
 		}
 	}
 	latest.Store(l)
@@ -128,7 +134,7 @@ func (l *latecomers) putOffThose(late map[string][]error) {
 // without says what a plugin that can't listen is missed for.
 var without = map[string]string{
 	"ready":      "; until then Kubernetes does not take the pod for ready",
-	"prometheus": "; until then there are no metrics",
+	"prometheus": "; until then there are no metrics on it",
 }
 
 // yield waits for callbacks that run, and has no others run. It is OnRestart and
@@ -170,33 +176,33 @@ func (l *latecomers) again() bool {
 		l.watching = false
 		return false
 	}
-	for plugin := range l.putOff {
-		if inForce && l.free(plugin) {
-			l.listen(plugin)
+	for what := range l.putOff {
+		if inForce && l.free(what) {
+			l.listen(what)
 		}
 	}
 	l.watching = len(l.putOff) > 0
 	return l.watching
 }
 
-func (l *latecomers) free(plugin string) bool {
-	return !slices.ContainsFunc(l.ports, func(p otherPort) bool { return p.plugin == plugin && p.try(nil) != nil })
+func (l *latecomers) free(what otherPort) bool {
+	return !slices.ContainsFunc(l.ports, func(p otherPort) bool { return p.together() == what && p.try(nil) != nil })
 }
 
 // listen runs what the plugin was not allowed to do.
-func (l *latecomers) listen(plugin string) {
-	for i, f := range l.putOff[plugin] {
+func (l *latecomers) listen(what otherPort) {
+	for i, f := range l.putOff[what] {
 		if err := f(); err != nil {
 			log.Warningf("%v; trying again", err)
-			l.putOff[plugin] = l.putOff[plugin][i:]
+			l.putOff[what] = l.putOff[what][i:]
 			return
 		}
 	}
-	delete(l.putOff, plugin)
-	log.Infof("%s listens now, as nobody else has its port any more", plugin)
+	delete(l.putOff, what)
+	log.Infof("%s listens now, as nobody else has its port any more", what.plugin)
 }
 
-// missing is how many plugins wait for their ports.
+// missing is how many ports plugins wait for.
 func (l *latecomers) missing() int {
 	if l == nil {
 		return 0

@@ -30,7 +30,7 @@ const (
 	// is under way there: forward asks again when it gets no answer.
 	triesEach = 4
 	// manyLocal is how many queries of the node's own programs may be under way before each
-	// is looked at, whatever its question.
+	// is looked at, whatever its question, where the Corefile changes names.
 	manyLocal = 16
 	// sayEvery is how often a block says that it refuses queries.
 	sayEvery = time.Minute
@@ -90,6 +90,7 @@ type asker struct {
 type guards struct {
 	all      []*guard
 	underWay *atomic.Int64 // of the process: a reload begins while the old instance still has queries
+	renames  bool          // a query may come back under another name
 }
 
 var allUnderWay atomic.Int64
@@ -167,7 +168,7 @@ func (g *guard) enter(q nameType, from source) (v visit, why string) {
 	}
 	v = visit{asker: asker{q, from.at.Addr()}, local: locals.has(from.at.Addr())}
 	g.mu.Lock()
-	same, crowded := g.asked[q] > 0, g.local >= manyLocal
+	same, crowded := g.asked[q] > 0, g.group.renames && g.local >= manyLocal
 	v.suspicious = same && g.probing.known(v.from)
 	g.mu.Unlock()
 	if v.suspicious {
@@ -197,16 +198,9 @@ func (g *guard) enter(q nameType, from source) (v visit, why string) {
 	return v, ""
 }
 
-// others returns how many queries are under way in the other blocks of the Corefile, which may
-// ask this one.
-func (g *guard) others() (n int) {
-	for _, o := range g.group.all {
-		if o != g {
-			n += int(o.underWay.Load())
-		}
-	}
-	return n
-}
+// others returns how many queries are under way elsewhere in this process, whose server blocks
+// may ask this one: those of the Corefile before count too, since they ask it once it listens.
+func (g *guard) others() int { return int(g.group.underWay.Load() - g.underWay.Load()) }
 
 // leave is called when a query that has entered is answered.
 func (g *guard) leave(v visit) {
@@ -278,6 +272,7 @@ func guardUpstreams(ctx caddy.Context, rs routing) {
 	group := &guards{underWay: &allUnderWay}
 	pendingGuards.ctx, pendingGuards.routes, pendingGuards.guards = ctx, nil, nil
 	for _, r := range rs.all {
+		group.renames = group.renames || r.renames
 		if len(r.stanzas) == 0 && !r.loop {
 			continue
 		}

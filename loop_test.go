@@ -154,6 +154,7 @@ func TestGuardRefusesWhatThisProcessSends(t *testing.T) {
 // Names that change on the way are no way out.
 func TestGuardRefusesGrowingNames(t *testing.T) {
 	gs, s := newGuards(1), newSlowUpstream()
+	gs[0].group.renames = true
 	h := guarded{gs[0], s}
 	var wg sync.WaitGroup
 	from := ownSocket(t)
@@ -180,6 +181,23 @@ func TestGuardLetsBlocksAskOneAnother(t *testing.T) {
 	close(s.answer)
 	wg.Wait()
 	wantNothingUnderWay(t, gs)
+}
+
+// While a reload is under way, queries of the old instance come to the blocks of the new one.
+func TestGuardLetsTheOldInstanceAsk(t *testing.T) {
+	before, after, s := newGuards(2), newGuards(2), newSlowUpstream()
+	for _, g := range after {
+		g.group.underWay = before[0].group.underWay
+	}
+	first, second := guarded{before[0], s}, guarded{after[1], s}
+	var wg sync.WaitGroup
+	hang(t, &wg, first, s, "192.0.2.1:1000", "a.test.")
+	hang(t, &wg, second, s, "192.0.2.2:1000", "a.test.")
+	hang(t, &wg, second, s, ownSocket(t), "a.test.")
+	close(s.answer)
+	wg.Wait()
+	wantNothingUnderWay(t, before)
+	wantNothingUnderWay(t, after)
 }
 
 // When one address asks the same again and again a probe is sent, and once that has come

@@ -115,7 +115,7 @@ var (
 		Namespace: plugin.Namespace,
 		Subsystem: directiveName,
 		Name:      "ports_taken",
-		Help:      "Gauge of the other plugins of this process that can't listen yet, as another program has their port.",
+		Help:      "Gauge of the ports that other plugins of this process can't listen on yet, as another program has them.",
 	}, func() float64 { return float64(latest.Load().missing()) })
 	info = promauto.NewGaugeVec(prometheus.GaugeOpts{
 		Namespace: plugin.Namespace,

@@ -34,13 +34,24 @@ type otherPort struct {
 // they take when the Corefile says no address. dnstap needs one.
 var standardPorts = map[string]string{"health": ":8080", "ready": ":8181", "prometheus": "localhost:9153", "pprof": "localhost:6053", "dnstap": ""}
 
+// together tells which of the ports have to be free for a plugin to listen on p: ready
+// listens on all that the server blocks name at once.
+func (p otherPort) together() otherPort {
+	if p.plugin == "ready" {
+		return otherPort{plugin: p.plugin}
+	}
+	return otherPort{plugin: p.plugin, e: p.e}
+}
+
 // otherPorts returns what the Corefile that c is of makes CoreDNS listen on beside what
-// nodecache is responsible for. c is any of its controllers, at a time when bind is done.
-func otherPorts(c *caddy.Controller) (ports []otherPort, err error) {
+// nodecache is responsible for, and by plugin what for each time that it is named, in that
+// order. c is any of its controllers, at a time when bind is done.
+func otherPorts(c *caddy.Controller) (ports []otherPort, uses map[string][]otherPort, err error) {
 	blocks, err := serverBlocks(dnsserver.Directives)
 	if err != nil || len(blocks) == 0 {
-		return nil, err
+		return nil, nil, err
 	}
+	uses = map[string][]otherPort{}
 	file := beingRead().Caddyfile().Path()
 	seen := map[otherPort]bool{}
 	add := func(p otherPort) {
@@ -54,6 +65,7 @@ func otherPorts(c *caddy.Controller) (ports []otherPort, err error) {
 		for name, standard := range standardPorts {
 			for _, p := range pluginPorts(name, standard, caddyfile.NewDispenserTokens(file, b.Tokens[name])) {
 				add(p)
+				uses[name] = append(uses[name], p)
 			}
 		}
 		if len(b.Tokens[directiveName]) > 0 {
@@ -64,7 +76,7 @@ func otherPorts(c *caddy.Controller) (ports []otherPort, err error) {
 			add(otherPort{at: at, e: e})
 		}
 	}
-	return ports, nil
+	return ports, uses, nil
 }
 
 // beingRead is the instance whose Corefile is.
@@ -74,7 +86,8 @@ func beingRead() *caddy.Instance {
 }
 
 // pluginPorts reads what the plugin of this name is given in one server block, as it
-// does itself. What it would refuse is left for it to tell.
+// does itself. What it would refuse is left for it to tell, and has port 0, as what is no
+// port has.
 func pluginPorts(name, standard string, d caddyfile.Dispenser) (ports []otherPort) {
 	for d.Next() {
 		at := fmt.Sprintf("%s:%d", d.File(), d.Line())
@@ -84,21 +97,18 @@ func pluginPorts(name, standard string, d caddyfile.Dispenser) (ports []otherPor
 		}
 		addr := standard
 		switch {
-		case name == "dnstap":
-			if len(args) < 2 || args[0] != "listen" {
-				continue
+		case name == "dnstap" && len(args) > 1 && args[0] == "listen":
+			if proto, rest, _ := strings.Cut(args[1], "://"); proto == "tcp" || proto == "tls" {
+				addr = rest
 			}
-			proto, rest, _ := strings.Cut(args[1], "://")
-			if proto != "tcp" && proto != "tls" {
-				continue
-			}
-			addr = rest
-		case len(args) > 0:
+		case name != "dnstap" && len(args) > 0:
 			addr = args[0]
 		}
+		p := otherPort{at: at, plugin: name}
 		if e, ok := resolve(addr); ok {
-			ports = append(ports, otherPort{at: at, plugin: name, e: e})
+			p.e = e
 		}
+		ports = append(ports, p)
 	}
 	return ports
 }
@@ -193,19 +203,19 @@ func (p otherPort) try(carriers map[netip.Addr][]string) error {
 
 // tryOthers tries all of ports. Those of plugins without which DNS can be served all the
 // same come out as late, with what is in the way; the first other that is taken is an error.
-func tryOthers(ports []otherPort) (late map[string][]error, taken error) {
+func tryOthers(ports []otherPort) (late map[otherPort][]error, taken error) {
 	carriers, err := addressCarriers()
 	if err != nil {
 		return nil, err
 	}
-	late = map[string][]error{}
+	late = map[otherPort][]error{}
 	for _, p := range ports {
 		err := p.try(carriers)
 		if err == nil {
 			continue
 		}
 		if optional(p.plugin) {
-			late[p.plugin] = append(late[p.plugin], fmt.Errorf("%s - %w", p.at, err))
+			late[p.together()] = append(late[p.together()], fmt.Errorf("%s - %w", p.at, err))
 		} else if taken == nil {
 			taken = errorAt(p.at, "%w", err)
 		}

@@ -28,6 +28,7 @@ type route struct {
 	name    string // its keys, with the position of its first upstreams
 	configs []*dnsserver.Config
 	hosts   []netip.Addr // that it listens on; unspecified: on all
+	answers []ownZones   // before a query gets to them
 	stanzas []stanza     // in the order in which they get a query
 	view    bool         // who is answered here can't be told
 	renames bool         // the name that it sends on can't be told
@@ -85,6 +86,7 @@ func routesOf(ctx caddy.Context, directives []string) ([]*route, error) {
 				r.hosts = append(r.hosts, a)
 			}
 		}
+		r.answers = answersOf(b)
 		for _, d := range directives {
 			if slices.Contains(forwarders, d) {
 				r.stanzas = append(r.stanzas, stanzasOf(path, d, b.Tokens[d])...)
@@ -117,15 +119,18 @@ func readHost(h string) (netip.Addr, error) {
 	return a.WithZone("").Unmap(), err
 }
 
-// renames tells whether a rewrite changes names.
+// renames tells whether a rewrite changes names, in the line or in the block that is opened
+// there.
 func renames(tokens []caddyfile.Token) bool {
 	d := caddyfile.NewDispenserTokens("", tokens)
 	for d.Next() {
-		args := d.RemainingArgs()
-		if len(args) > 1 && (args[0] == "continue" || args[0] == "stop") {
-			args = args[1:]
+		words := append([]string{d.Val()}, d.RemainingArgs()...)
+		for _, before := range [][]string{{"rewrite"}, {"continue", "stop"}} {
+			if len(words) > 1 && slices.Contains(before, words[0]) {
+				words = words[1:]
+			}
 		}
-		if len(args) > 0 && strings.EqualFold(args[0], "name") {
+		if strings.EqualFold(words[0], "name") {
 			return true
 		}
 	}
@@ -216,7 +221,7 @@ func withoutZone(s string) string {
 
 // sends returns the targets of a query for name.
 func (r *route) sends(name string) (ts []target, by []stanza) {
-	if r.renames {
+	if r.renames || slices.ContainsFunc(r.answers, func(o ownZones) bool { return o.ends(name) }) {
 		return nil, nil
 	}
 	for _, s := range r.stanzas {
@@ -355,13 +360,17 @@ func cycle(path []hop) error {
 }
 
 // newRouting is the Corefile's server blocks on this machine, with the addresses that they
-// bring to it.
+// bring to it. What is sent to a ClusterIP never gets to a listener where IPVS takes it.
 func newRouting(all []*route) routing {
+	carriers, err := addressCarriers()
+	if err != nil {
+		log.Debugf("looking for ClusterIPs: %v", err)
+	}
 	brought := map[netip.Addr]bool{}
 	for _, r := range all {
 		for _, h := range r.hosts {
 			brought[h] = true
 		}
 	}
-	return routing{all: all, local: func(a netip.Addr) bool { return brought[a] || locals.has(a) }}
+	return routing{all: all, local: func(a netip.Addr) bool { return brought[a] || locals.has(a) && !slices.Contains(carriers[a], ipvsLink) }}
 }

@@ -2,8 +2,10 @@ package nodecache
 
 import (
 	"net/netip"
+	"strings"
 	"testing"
 
+	"github.com/coredns/caddy/caddyfile"
 	"github.com/coredns/coredns/core/dnsserver"
 )
 
@@ -24,6 +26,24 @@ func TestWithoutZone(t *testing.T) {
 func TestZonesOf(t *testing.T) {
 	if n := zonesOf([]string{"dns://a.:53", "10.0.0.0/22:53", "tls://."}); n != 6 {
 		t.Errorf("%d zones, want 6", n)
+	}
+}
+
+func TestRenames(t *testing.T) {
+	for in, want := range map[string]bool{
+		"rewrite name a.test b.test":                                                           true,
+		"rewrite stop name regex (.*) {1}.test":                                                true,
+		"rewrite stop {\nname suffix .a.test .b.test\nanswer auto\n}":                          true,
+		"rewrite continue {\nttl exact a.test 5\n}\nrewrite {\nNAME suffix .a.test .b.test\n}": true,
+		"rewrite type ANY HINFO":                                                               false,
+		"rewrite stop {\nttl suffix name 5\n}":                                                 false,
+		"":                                                                                     false,
+	} {
+		blocks, err := caddyfile.Parse("Corefile", strings.NewReader(". {\n"+in+"\n}\n"), []string{"rewrite"})
+		must(t, err)
+		if got := renames(blocks[0].Tokens["rewrite"]); got != want {
+			t.Errorf("%q changes names: %v, want %v", in, got, want)
+		}
 	}
 }
 
@@ -63,5 +83,20 @@ func TestReceiver(t *testing.T) {
 		}(); name != c.want {
 			t.Errorf("%s of %s over %s goes to the block %q, want %q", c.name, c.at, c.transport, name, c.want)
 		}
+	}
+}
+
+// The kernel has the ClusterIPs of kube-proxy in IPVS mode, and yet nobody here gets what is
+// sent to them.
+func TestReceiverBesideIPVS(t *testing.T) {
+	needRoot(t)
+	cleanLinks(t)
+	must(t, (&netif{name: ipvsLink}).add())
+	defer removeLink(t, ipvsLink)
+	addAddr(t, ipvsLink, "10.96.0.10/32")
+	eventually(t, "the address is seen", func() bool { return locals.has(addr("10.96.0.10")) })
+	rs := newRouting([]*route{{configs: []*dnsserver.Config{{Zone: ".", Port: "53", Transport: "dns"}}, hosts: []netip.Addr{netip.IPv6Unspecified()}}})
+	if rs.receiver(target{transport: "dns", at: netip.MustParseAddrPort("10.96.0.10:53")}, "a.test.") != nil {
+		t.Error("a query to the ClusterIP comes to a server block that listens on all addresses")
 	}
 }

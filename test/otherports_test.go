@@ -208,3 +208,22 @@ func TestMetricOfTakenPorts(t *testing.T) {
 	free()
 	n.shows("127.0.0.1:5302", map[string]float64{"ports_taken": 0})
 }
+
+// A plugin of which one port is taken listens on the others.
+func TestOnePortOfSeveralTaken(t *testing.T) {
+	n := newNode(t, nftables)
+	free := n.occupy("127.0.0.1:5301")
+	n.occupy("127.0.0.1:5303")
+	var collector net.Listener
+	n.must(n.Node.Do(func() (err error) { collector, err = net.Listen("tcp", "127.0.0.1:5304"); return err }))
+	n.Cleanup(func() { collector.Close() })
+	p := n.serve(n.corefile() + plainBlock("late.:5400", "10.0.1.1", "prometheus 127.0.0.1:5301") +
+		plainBlock("other.:5400", "10.0.1.1", "prometheus 127.0.0.1:5302", "dnstap listen tcp://127.0.0.1:5303", "dnstap tcp://127.0.0.1:5304"))
+	n.shows("127.0.0.1:5302", map[string]float64{"ports_taken": 2})
+	c, err := collector.Accept()
+	n.must(err)
+	c.Close()
+	free()
+	n.listens(p, latePlugins[1])
+	n.shows("127.0.0.1:5302", map[string]float64{"ports_taken": 1})
+}

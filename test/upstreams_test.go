@@ -66,6 +66,9 @@ func looping(n *node) []struct {
 		{"reverse-zones", "10.0.0.0/22:53 {\nbind 127.0.0.1\nforward . 10.0.2.2\n}\n" + one("10.0.4.0/22:53 x.test:53", v4, "forward . 169.254.20.10"), []string{":8", "169.254.20.10"}},
 		{"from", one(".:53", v4, "forward lab 169.254.20.10", "forward . 10.0.2.2"), []string{":4"}},
 		{"except", one(".:53", v4, "forward . 169.254.20.10 {", "except lab", "}"), []string{":4"}},
+		{"answered-but-for-what-falls-through", one(".:53", v4, "forward . 169.254.20.10", "hosts {", "fallthrough", "}"), []string{":4", "169.254.20.10"}},
+		{"answered-in-another-zone", one(".:53", v4, "forward . 169.254.20.10", "template ANY ANY corp.test {", "rcode NXDOMAIN", "}"), []string{":4", "169.254.20.10"}},
+		{"answered-for-another-type", one(".:53", v4, "forward . 169.254.20.10", "template IN AAAA {", "rcode NOERROR", "}"), []string{":4", "169.254.20.10"}},
 		{"fallthrough", one(".:53", v4, "forward . 10.0.2.2 {", "next NXDOMAIN", "}", "forward . 169.254.20.10"), []string{":7"}},
 	}
 }
@@ -112,20 +115,23 @@ func TestUpstreamIsAnotherBlock(t *testing.T) {
 		{"excepted", one(".:53", v4, "forward . 169.254.20.10 {", "except .", "}", "forward . 10.0.2.2")},
 		{"first-stanza-takes-all", one(".:53", v4, "forward . 10.0.2.2", "forward . 169.254.20.10")},
 		{"renamed", one("corp.test.:53", v4, "forward . 169.254.20.10", "rewrite name suffix .corp.test. .lab.") + one("lab.:53", v4, "forward . 10.0.2.2")},
+		{"renamed-in-a-block", one("corp.test.:53", v4, "forward . 169.254.20.10", "rewrite stop {", "name suffix .corp.test. .lab.", "answer auto", "}") + one("lab.:53", v4, "forward . 10.0.2.2")},
 		{"another-transport", one(".:53", v4, "forward . 10.0.2.2 tls://169.254.20.10:53 {", "policy sequential", "}")},
+		{"answered", one("lab.:53", v4, "forward . 127.0.0.1:5301") + one(".:53", v4, "forward . 10.0.2.2") +
+			other(".:5301", "127.0.0.1", "template ANY ANY lab {", "answer \"{{ .Name }} 60 IN A 192.0.2.7\"", "fallthrough x.lab", "}", "forward . 169.254.20.10")},
 		{"viewed", one(".:53", v4, "forward . 169.254.20.10", "view pods {", "expr incidr(client_ip(), '10.0.1.0/24')", "}") + one(".:53", v4, "forward . 10.0.2.2")},
 	} {
 		n.sub(c.name, func(n *node) {
 			p := n.serve(c.corefile)
 			for i := range 3 {
 				name := fmt.Sprintf("a%d.lab.", i)
-				if c.name == "renamed" {
+				if strings.HasPrefix(c.name, "renamed") {
 					name = fmt.Sprintf("a%d.corp.test.", i)
 				}
 				n.resolves(name)
 			}
 			// Many at a time for the same names.
-			if c.name != "renamed" {
+			if !strings.HasPrefix(c.name, "renamed") && c.name != "answered" {
 				n.run(lab.Load{From: n.Pod, Proto: "udp", To: on(lab.LinkLocal), Count: 200, Workers: 40}, true) // nobody caches
 			}
 			if strings.Contains(p.Log(), "[ERROR] plugin/nodecache") {

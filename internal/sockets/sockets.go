@@ -67,13 +67,29 @@ func Deepen(fd int) error {
 	return unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, queueBytes)
 }
 
-// DeepenAll does so for all of this process's UDP sockets on es.
+// wakeUp has whoever waits for something in the kernel, on a socket to which nothing comes,
+// look up every second. When a reload hands the sockets on, Go takes them out of non-blocking
+// mode for a moment; a read that begins then would never end, and the reload and every exit
+// after it wait for that. Otherwise it is without effect.
+func wakeUp(fd int) {
+	err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 1})
+	if err != nil { // it may have been closed meanwhile
+		log.Debugf("bounding waits on a socket: %v", err)
+	}
+}
+
+// DeepenAll does so for all of this process's UDP sockets on es, and wakeUp for all.
 func DeepenAll(es []desired.Endpoint) error {
 	socks, err := Own()
 	if err != nil {
 		return err
 	}
 	var errs []error
+	for _, fds := range socks {
+		for _, fd := range fds {
+			wakeUp(fd)
+		}
+	}
 	for _, e := range es {
 		for _, fd := range socks[e] {
 			if e.Proto == "udp" {
