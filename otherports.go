@@ -17,6 +17,7 @@ import (
 
 	"github.com/contentful-labs/coredns-nodecache/internal/desired"
 
+	"github.com/contentful-labs/coredns-nodecache/internal/serverblocks"
 	"github.com/contentful-labs/coredns-nodecache/internal/sockets"
 )
 
@@ -37,11 +38,11 @@ var standardPorts = map[string]string{"health": ":8080", "ready": ":8181", "prom
 // otherPorts returns what the Corefile that c is of makes CoreDNS listen on beside what
 // nodecache is responsible for. c is any of its controllers, at a time when bind is done.
 func otherPorts(c *caddy.Controller) (ports []otherPort, err error) {
-	blocks, err := serverBlocks(dnsserver.Directives)
+	blocks, err := serverblocks.Read(dnsserver.Directives)
 	if err != nil || len(blocks) == 0 {
 		return nil, err
 	}
-	file := beingRead().Caddyfile().Path()
+	file := serverblocks.Instance().Caddyfile().Path()
 	seen := map[otherPort]bool{}
 	add := func(p otherPort) {
 		where := otherPort{plugin: p.plugin, e: p.e}
@@ -65,12 +66,6 @@ func otherPorts(c *caddy.Controller) (ports []otherPort, err error) {
 		}
 	}
 	return ports, nil
-}
-
-// beingRead is the instance whose Corefile is.
-func beingRead() *caddy.Instance {
-	all := caddy.Instances()
-	return all[len(all)-1]
 }
 
 // pluginPorts reads what the plugin of this name is given in one server block, as it
