@@ -142,7 +142,7 @@ dashboard-picture: deps coredns ## Draw docs/dashboard.svg from real data (needs
 .PHONY: bench
 bench: coredns ## Measure what an answer costs, beside plain CoreDNS and the C caches that are installed (needs root).
 	$(call run,bench)
-	go test -run '^$$' -bench Hit -cpu 1,2 -count 3 .
+	go test -run '^$$' -bench Hit -cpu 1,2 -count 3 ./internal/fastpath
 
 .PHONY: lint
 lint: ## Run go vet, staticcheck, gofmt and shellcheck.
@@ -156,8 +156,8 @@ lint: ## Run go vet, staticcheck, gofmt and shellcheck.
 	shellcheck $(SCRIPTS)
 
 .PHONY: race
-race: deps ## Run the package's tests with the race detector (needs a C compiler).
-	CGO_ENABLED=1 go test -race -count=1 -timeout 20m .
+race: deps ## Run the packages' tests with the race detector (needs a C compiler).
+	CGO_ENABLED=1 go test -race -count=1 -timeout 20m . ./internal/...
 
 .PHONY: fuzz
 fuzz: ## Run every fuzz test of the plugin for FUZZTIME (5m).

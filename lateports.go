@@ -8,6 +8,8 @@ import (
 
 	"github.com/coredns/caddy"
 	"github.com/coredns/coredns/core/dnsserver"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/serverblocks"
 )
 
 // lateEvery is how often a port is tried again that another program has.
@@ -62,7 +64,7 @@ func afterEachDirective() {
 		}
 		observed[name] = true
 		caddy.RegisterParsingCallback("dns", name, func(caddy.Context) error {
-			in := beingRead()
+			in := serverblocks.Instance()
 			if l, ok := in.Storage[latecomersKey{}].(*latecomers); ok {
 				l.startup = l.wrap(name, in.OnStartup, l.startup)
 				l.failed = l.wrap(name, in.OnRestartFailed, l.failed)

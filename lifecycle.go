@@ -112,7 +112,7 @@ func (n *node) settleInto() {
 	if cfg == nil {
 		n.ready.Store(false)
 		n.syncTick.Stop()
-		n.fast.only(nil)
+		n.fast.Only(nil)
 	}
 	done := n.reduceTo(want)
 	n.serve(want)
@@ -191,7 +191,7 @@ func (n *node) complete(cfg *config, began time.Time) {
 	if n.on(life.Listens, cfg) && n.life.Kind == life.Serving {
 		// Nothing of this process to wait for: what a process before it has left
 		// beyond its needs can go.
-		n.fast.only(cfg)
+		n.fast.Only(cfg.fastAddrs())
 		n.reduceTo(target)
 	}
 	n.ready.Store(true)
@@ -301,11 +301,11 @@ func (n *node) replaced(cfg *config) {
 			n.exitBegan = time.Now()
 		}
 		if after, ok := n.life.On(life.Stops, cfg); ok && cfg.restarting {
-			n.fast.only(after.InForce)
+			n.fast.Only(after.InForce.fastAddrs())
 		}
 		return nil
 	})
-	n.fast.finish(stopLimit)
+	n.fast.Finish(stopLimit)
 	n.do(func() error {
 		if cfg.restarting && n.on(life.Stops, cfg) {
 			n.settleInto()

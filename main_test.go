@@ -27,6 +27,7 @@ var (
 	dnsOn      = testkit.DNSOn
 	handOver   = testkit.HandOver
 	reuseport  = testkit.ReusePort
+	counted    = testkit.Counted
 )
 
 type socket = testkit.Socket

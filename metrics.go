@@ -134,25 +134,6 @@ var (
 		}
 		return 0
 	})
-
-	fastHits = promauto.NewCounter(prometheus.CounterOpts{
-		Namespace: plugin.Namespace,
-		Subsystem: directiveName,
-		Name:      "fastpath_hits_total",
-		Help:      "Counter of queries that fastpath has answered.",
-	})
-	fastMisses = promauto.NewCounter(prometheus.CounterOpts{
-		Namespace: plugin.Namespace,
-		Subsystem: directiveName,
-		Name:      "fastpath_misses_total",
-		Help:      "Counter of queries that have come to fastpath and have taken the ordinary way.",
-	})
-	_ = promauto.NewGaugeFunc(prometheus.GaugeOpts{
-		Namespace: plugin.Namespace,
-		Subsystem: directiveName,
-		Name:      "fastpath_entries",
-		Help:      "Number of answers that fastpath keeps.",
-	}, func() float64 { return float64(theNode.fast.entries()) })
 )
 
 // Version is the plugin's own, stamped by the build.

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/time/rate"
 
 	"github.com/contentful-labs/coredns-nodecache/internal/desired"
+	"github.com/contentful-labs/coredns-nodecache/internal/fastpath"
 	"github.com/contentful-labs/coredns-nodecache/internal/life"
 	"github.com/contentful-labs/coredns-nodecache/internal/sockets"
 )
@@ -68,7 +69,7 @@ type node struct {
 	beginExit context.CancelFunc
 	ready     atomic.Bool
 	answering sockets.Counter
-	fast      fastpath
+	fast      *fastpath.Listeners
 	tcp       sockets.Clients
 
 	member   *member
@@ -121,7 +122,7 @@ func newNode() *node {
 	}
 	n.syncTick.Stop()
 	n.exiting, n.beginExit = context.WithCancel(context.Background())
-	n.fast = fastpath{answering: &n.answering, listeners: map[desired.Endpoint]*fastListener{}}
+	n.fast = fastpath.New(&n.answering)
 	return n
 }
 

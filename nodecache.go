@@ -27,9 +27,9 @@
 // members.go shows this process to the others on the node and ask.go asks them, turn.go has
 // one change the node at a time, watch.go knows of what the kernel reports, ports.go,
 // holders.go and sockets.go of who listens, otherports.go and lateports.go of what other
-// plugins listen on, drain.go and abandon.go of how to leave. fastpath.go
-// answers repeated questions from fastcache.go's table, which is good for as long as
-// fastitem.go knows that the cache plugin would answer the same.
+// plugins listen on, drain.go and abandon.go of how to leave.
+// internal/fastpath answers repeated questions; internal/serverblocks has all blocks of the
+// Corefile that is being set up.
 package nodecache
 
 import (
@@ -38,6 +38,8 @@ import (
 	"github.com/coredns/coredns/plugin"
 	clog "github.com/coredns/coredns/plugin/pkg/log"
 	"github.com/miekg/dns"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/fastpath"
 )
 
 var log = clog.NewWithPlugin("nodecache")
@@ -48,7 +50,7 @@ var log = clog.NewWithPlugin("nodecache")
 type handler struct {
 	next plugin.Handler
 	node *node
-	fast *fastBlock // nil: the block has no fastpath
+	fast *fastpath.Block // nil: the block has no fastpath
 }
 
 // Name implements plugin.Handler.
@@ -59,9 +61,7 @@ func (h handler) ServeDNS(ctx context.Context, w dns.ResponseWriter, r *dns.Msg)
 	open := h.node.answering.Begin()
 	defer open.Add(-1)
 	if h.fast != nil {
-		if q, ok := ctx.Value(fastKey{}).(*fastQuery); ok {
-			q.enter(h.fast, r)
-		}
+		h.fast.Enter(ctx, r)
 	}
 	return plugin.NextOrFailure(h.Name(), h.next, ctx, w, r)
 }

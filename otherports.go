@@ -17,6 +17,7 @@ import (
 
 	"github.com/contentful-labs/coredns-nodecache/internal/desired"
 
+	"github.com/contentful-labs/coredns-nodecache/internal/serverblocks"
 	"github.com/contentful-labs/coredns-nodecache/internal/sockets"
 )
 
@@ -47,12 +48,12 @@ func (p otherPort) together() otherPort {
 // nodecache is responsible for, and by plugin what for each time that it is named, in that
 // order. c is any of its controllers, at a time when bind is done.
 func otherPorts(c *caddy.Controller) (ports []otherPort, uses map[string][]otherPort, err error) {
-	blocks, err := serverBlocks(dnsserver.Directives)
+	blocks, err := serverblocks.Read(dnsserver.Directives)
 	if err != nil || len(blocks) == 0 {
 		return nil, nil, err
 	}
 	uses = map[string][]otherPort{}
-	file := beingRead().Caddyfile().Path()
+	file := serverblocks.Instance().Caddyfile().Path()
 	seen := map[otherPort]bool{}
 	add := func(p otherPort) {
 		where := otherPort{plugin: p.plugin, e: p.e}
@@ -77,12 +78,6 @@ func otherPorts(c *caddy.Controller) (ports []otherPort, uses map[string][]other
 		}
 	}
 	return ports, uses, nil
-}
-
-// beingRead is the instance whose Corefile is.
-func beingRead() *caddy.Instance {
-	all := caddy.Instances()
-	return all[len(all)-1]
 }
 
 // pluginPorts reads what the plugin of this name is given in one server block, as it

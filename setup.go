@@ -18,11 +18,12 @@ import (
 	"github.com/miekg/dns"
 
 	"github.com/contentful-labs/coredns-nodecache/internal/desired"
+	"github.com/contentful-labs/coredns-nodecache/internal/fastpath"
 )
 
 func init() {
 	plugin.Register(directiveName, setup)
-	growStacks()
+	fastpath.GrowStacks()
 	// The one place that every way out passes (SIGTERM, SIGINT, SIGQUIT).
 	caddy.OnProcessExit = append(caddy.OnProcessExit, func() { theNode.exit() })
 	// Called for each Corefile that is read, with the directive in it or without.
@@ -58,7 +59,9 @@ func setup(c *caddy.Controller) error {
 		cfg.ours = theNode.links()
 	}
 	dc := dnsserver.GetConfig(c)
-	b.config = dc
+	if b.fast != nil {
+		b.fast.Config = dc
+	}
 	if err := cfg.add(b, dc.ListenHosts, c.ServerBlockKeys); err != nil {
 		return plugin.Error(directiveName, err)
 	}
@@ -90,12 +93,12 @@ func setup(c *caddy.Controller) error {
 	fast := b.fast
 	// Without fastpath too: a reload may turn it off.
 	dc.UDPDecorateWriterFunc = func(s *dnsserver.Server) dns.DecorateWriter {
-		theNode.fast.serve(cfg, s)
+		theNode.fast.Serve(s, cfg.fastAt)
 		return nil
 	}
 	dc.AddPlugin(func(next plugin.Handler) plugin.Handler {
 		if fast != nil {
-			fast.next = next
+			fast.Next = next
 		}
 		return handler{next: next, node: theNode, fast: fast}
 	})
@@ -136,9 +139,8 @@ type block struct {
 	syncAt           string
 	extra            []uint16
 	ifaceAt, extraAt string
-	fast             *fastBlock // nil: no fastpath
+	fast             *fastpath.Block // nil: no fastpath
 	fastAt           string
-	config           *dnsserver.Config
 }
 
 func position(c *caddy.Controller) string { return c.File() + ":" + strconv.Itoa(c.Line()) }
@@ -217,7 +219,7 @@ func (b *block) property(c *caddy.Controller) error {
 		}
 		b.sync = d
 	case "fastpath":
-		b.fast = &fastBlock{at: position(c), entries: defaultEntries}
+		b.fast = &fastpath.Block{Entries: fastpath.DefaultEntries}
 		if len(args) == 0 {
 			break
 		}
@@ -225,10 +227,10 @@ func (b *block) property(c *caddy.Controller) error {
 		if err != nil {
 			return c.Errf("fastpath %q is no number of entries", args[0])
 		}
-		if n < minEntries || n > maxEntries {
-			return c.Errf("fastpath %d is out of range; it is %d to %d entries", n, minEntries, maxEntries)
+		if n < fastpath.MinEntries || n > fastpath.MaxEntries {
+			return c.Errf("fastpath %d is out of range; it is %d to %d entries", n, fastpath.MinEntries, fastpath.MaxEntries)
 		}
-		b.fast.entries = n
+		b.fast.Entries = n
 	case "untracked":
 		for _, arg := range args {
 			p, err := strconv.ParseUint(arg, 10, 16)
@@ -259,8 +261,7 @@ func badLinkName(name string) string {
 // bind resolved to, keys its zones in the form dns://zone:port.
 func (c *config) add(b *block, hosts, keys []string) error {
 	if b.fast != nil {
-		b.fast.config = b.config
-		c.fast = append(c.fast, b.fast)
+		c.fast = append(c.fast, b)
 	}
 	if len(hosts) == 0 || hosts[0] == "" {
 		return errorAt(b.at, "nodecache needs the addresses of a bind in the same server block, such as: bind 169.254.20.10")
@@ -307,14 +308,15 @@ func (c *config) add(b *block, hosts, keys []string) error {
 			return errorAt(b.at, "reading the server block's key %s: %w", key, err)
 		}
 		if b.fast != nil {
-			b.fast.ports = append(b.fast.ports, strconv.Itoa(int(port)))
+			b.fast.Ports = append(b.fast.Ports, strconv.Itoa(int(port)))
 		}
 		for _, a := range addrs {
 			for _, proto := range protos {
 				e := desired.Endpoint{Addr: a, Proto: proto, Port: port}
 				es = append(es, e)
 				if b.fast != nil && proto == "udp" && len(protos) == 2 { // dns://
-					c.fastAt[e] = max(c.fastAt[e], b.fast.entries)
+					at := netip.AddrPortFrom(a, port)
+					c.fastAt[at] = max(c.fastAt[at], b.fast.Entries)
 				}
 			}
 		}

@@ -9,7 +9,10 @@ import (
 	"strings"
 	"time"
 
+	"github.com/coredns/caddy"
+
 	"github.com/contentful-labs/coredns-nodecache/internal/desired"
+	"github.com/contentful-labs/coredns-nodecache/internal/serverblocks"
 )
 
 const (
@@ -33,9 +36,9 @@ type config struct {
 	addrs map[netip.Addr]*placed           // every address of a bind
 	wants map[desired.Endpoint]*endpointOf // every address and port that clients send to
 	ours  []string                         // the links that may carry addrs: see node.links
-	fast  []*fastBlock                     // the blocks with fastpath
+	fast  []*block                         // those with fastpath
 	// fastAt is how many answers are kept for an address with fastpath.
-	fastAt map[desired.Endpoint]int
+	fastAt map[netip.AddrPort]int
 	// restarting is true from OnRestart on, until it is known to have failed.
 	restarting bool
 }
@@ -62,7 +65,33 @@ type endpointOf struct {
 }
 
 func newConfig() *config {
-	return &config{links: map[string]*linkConfig{}, addrs: map[netip.Addr]*placed{}, wants: map[desired.Endpoint]*endpointOf{}, fastAt: map[desired.Endpoint]int{}}
+	return &config{links: map[string]*linkConfig{}, addrs: map[netip.Addr]*placed{}, wants: map[desired.Endpoint]*endpointOf{}, fastAt: map[netip.AddrPort]int{}}
+}
+
+// attachFast gets the blocks with fastpath ready. CoreDNS has made its servers and
+// does not listen yet.
+func (c *config) attachFast(ctx caddy.Context) error {
+	if len(c.fast) == 0 {
+		return nil
+	}
+	all, err := serverblocks.Configs(ctx)
+	if err != nil {
+		return errorAt(c.fast[0].fastAt, "fastpath: this build has a CoreDNS that nodecache does not know: %w", err)
+	}
+	for _, b := range c.fast {
+		if err := b.fast.Attach(directiveName, all); err != nil {
+			return errorAt(b.fastAt, "%w", err)
+		}
+	}
+	return nil
+}
+
+// fastAddrs returns where fastpath answers, with how many answers are kept, for c in force.
+func (c *config) fastAddrs() map[netip.AddrPort]int {
+	if c == nil {
+		return nil
+	}
+	return c.fastAt
 }
 
 // sync returns the shortest interval that a block asked for.

@@ -14,6 +14,8 @@ import (
 	pkgparse "github.com/coredns/coredns/plugin/pkg/parse"
 	"github.com/coredns/coredns/plugin/pkg/transport"
 	"github.com/miekg/dns"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/serverblocks"
 )
 
 // forwarders are the plugins that send a query on, as
@@ -61,11 +63,11 @@ func (t target) String() string {
 // routesOf returns the server blocks of the Corefile that is being set up, whose binds
 // have been read; none where there is no Corefile.
 func routesOf(ctx caddy.Context, directives []string) ([]*route, error) {
-	blocks, err := serverBlocks(directives)
+	blocks, err := serverblocks.Read(directives)
 	if err != nil || blocks == nil {
 		return nil, err
 	}
-	configs, err := allConfigs(ctx)
+	configs, err := serverblocks.Configs(ctx)
 	if err != nil {
 		return nil, err
 	}

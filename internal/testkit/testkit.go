@@ -18,6 +18,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
@@ -230,4 +231,18 @@ func Link(t testing.TB, name string, on ...string) {
 		a := &netlink.Addr{IPNet: netlink.NewIPNet(netip.MustParseAddr(s).AsSlice()), Flags: unix.IFA_F_NODAD}
 		Must(t, netlink.AddrAdd(l, a))
 	}
+}
+
+// Counted is the value of a counter without labels.
+func Counted(t testing.TB, name string) float64 {
+	t.Helper()
+	families, err := prometheus.DefaultGatherer.Gather()
+	Must(t, err)
+	for _, f := range families {
+		if f.GetName() == name {
+			return f.GetMetric()[0].GetCounter().GetValue()
+		}
+	}
+	t.Fatalf("no counter %s", name)
+	return 0
 }

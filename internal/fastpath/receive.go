@@ -1,16 +1,15 @@
-package nodecache
+package fastpath
 
 import (
 	"fmt"
 	"net"
+	"net/netip"
 	"runtime"
 	"sync/atomic"
 	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
-
-	"github.com/contentful-labs/coredns-nodecache/internal/desired"
 
 	"github.com/contentful-labs/coredns-nodecache/internal/sockets"
 )
@@ -41,19 +40,19 @@ func (a *sockaddr) addr() *net.UDPAddr {
 	return u
 }
 
-// A fastSocket is one UDP socket. The goroutine that serves it blocks its thread, which
+// A socket is one UDP socket. The goroutine that serves it blocks its thread, which
 // takes two system calls a batch where Go's poller takes four.
-type fastSocket struct {
+type socket struct {
 	fd int
 }
 
-// openSocket opens a socket on e, beside those that others have there.
-func openSocket(e desired.Endpoint) (*fastSocket, error) {
+// openSocket opens a socket on at, beside those that others have there.
+func openSocket(at netip.AddrPort) (*socket, error) {
 	domain, sa := unix.AF_INET, unix.Sockaddr(nil)
-	if e.Addr.Is4() {
-		sa = &unix.SockaddrInet4{Addr: e.Addr.As4(), Port: int(e.Port)}
+	if at.Addr().Is4() {
+		sa = &unix.SockaddrInet4{Addr: at.Addr().As4(), Port: int(at.Port())}
 	} else {
-		domain, sa = unix.AF_INET6, &unix.SockaddrInet6{Addr: e.Addr.As16(), Port: int(e.Port)}
+		domain, sa = unix.AF_INET6, &unix.SockaddrInet6{Addr: at.Addr().As16(), Port: int(at.Port())}
 	}
 	fd, err := unix.Socket(domain, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
@@ -76,16 +75,16 @@ func openSocket(e desired.Endpoint) (*fastSocket, error) {
 		unix.Close(fd)
 		return nil, err
 	}
-	return &fastSocket{fd: fd}, nil
+	return &socket{fd: fd}, nil
 }
 
-func (s *fastSocket) close() { unix.Close(s.fd) }
+func (s *socket) close() { unix.Close(s.fd) }
 
 // wake has a blocked receive return.
-func (s *fastSocket) wake() { unix.Shutdown(s.fd, unix.SHUT_RD) }
+func (s *socket) wake() { unix.Shutdown(s.fd, unix.SHUT_RD) }
 
 // send sends one packet.
-func (s *fastSocket) send(b []byte, to *sockaddr) (int, error) {
+func (s *socket) send(b []byte, to *sockaddr) (int, error) {
 	if len(b) == 0 {
 		return 0, nil
 	}
@@ -195,7 +194,7 @@ func (p *packets) again(n int) {
 }
 
 // run answers on s until the listener closes.
-func (s *fastSocket) run(l *fastListener, answering *sockets.Counter) {
+func (s *socket) run(l *listener, answering *sockets.Counter) {
 	p := newPackets(s.fd)
 	pace := pace{gap: int64(time.Second)}
 	var yielded int64
@@ -273,7 +272,7 @@ func (p *pace) note(n int, now int64) {
 }
 
 // enter returns the serving in force, counted as used.
-func (l *fastListener) enter() *serving {
+func (l *listener) enter() *serving {
 	for {
 		v := l.serving.Load()
 		v.using.Add(1)
@@ -286,7 +285,7 @@ func (l *fastListener) enter() *serving {
 
 // serve answers n packets that have come in, or hands them on. They count in open,
 // those that are handed on each.
-func (s *fastSocket) serve(v *serving, p *packets, n int, now int64, open *atomic.Int64) {
+func (s *socket) serve(v *serving, p *packets, n int, now int64, open *atomic.Int64) {
 	hits, misses := 0, 0
 	for i := range n {
 		q := p.packet(i)
@@ -301,7 +300,7 @@ func (s *fastSocket) serve(v *serving, p *packets, n int, now int64, open *atomi
 			}
 		}
 		misses++
-		f := &fastQuery{raw: append([]byte(nil), q...), socket: s, from: sockaddr{p.from[i], p.recv[i].hdr.Namelen}}
+		f := &query{raw: append([]byte(nil), q...), socket: s, from: sockaddr{p.from[i], p.recv[i].hdr.Namelen}}
 		open.Add(1)
 		f.open = open
 		f.plain = p.recv[i].hdr.Flags&unix.MSG_TRUNC == 0 && plainQuery(q)
@@ -310,9 +309,9 @@ func (s *fastSocket) serve(v *serving, p *packets, n int, now int64, open *atomi
 	p.flush()
 	v.using.Add(-1)
 	if hits > 0 {
-		fastHits.Add(float64(hits))
+		hitsTotal.Add(float64(hits))
 	}
 	if misses > 0 {
-		fastMisses.Add(float64(misses))
+		missesTotal.Add(float64(misses))
 	}
 }

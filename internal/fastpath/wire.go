@@ -1,4 +1,4 @@
-package nodecache
+package fastpath
 
 import "encoding/binary"
 

@@ -1,4 +1,4 @@
-package nodecache
+package fastpath
 
 import "runtime"
 
@@ -15,9 +15,9 @@ const (
 	deepStack  = 12 << 10 // bytes
 )
 
-// growStacks has new goroutines begin with the stack that they will need, from the next
+// GrowStacks has new goroutines begin with the stack that they will need, from the next
 // garbage collection on. It takes 256 KiB.
-func growStacks() {
+func GrowStacks() {
 	for range deepStacks {
 		go idleDeep()
 	}

@@ -1,4 +1,4 @@
-package nodecache
+package fastpath
 
 import (
 	"errors"
@@ -11,7 +11,29 @@ import (
 	"github.com/coredns/coredns/plugin/pkg/rcode"
 	"github.com/miekg/dns"
 	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promauto"
 	"golang.org/x/sys/unix"
+)
+
+var (
+	hitsTotal = promauto.NewCounter(prometheus.CounterOpts{
+		Namespace: plugin.Namespace,
+		Subsystem: "nodecache",
+		Name:      "fastpath_hits_total",
+		Help:      "Counter of queries that fastpath has answered.",
+	})
+	missesTotal = promauto.NewCounter(prometheus.CounterOpts{
+		Namespace: plugin.Namespace,
+		Subsystem: "nodecache",
+		Name:      "fastpath_misses_total",
+		Help:      "Counter of queries that have come to fastpath and have taken the ordinary way.",
+	})
+	_ = promauto.NewGaugeFunc(prometheus.GaugeOpts{
+		Namespace: plugin.Namespace,
+		Subsystem: "nodecache",
+		Name:      "fastpath_entries",
+		Help:      "Number of answers that fastpath keeps.",
+	}, func() float64 { return float64(newest.Load().entries()) })
 )
 
 // counts is what a hit is counted in, as the plugins cache and prometheus would.
@@ -23,7 +45,7 @@ type counts struct {
 }
 
 type countsKey struct {
-	block   *fastBlock
+	block   *Block
 	zone    string
 	qtype   string
 	rcode   int
@@ -48,7 +70,7 @@ func (c *counts) add(query, response uint16) {
 }
 
 // countsFor returns what the answer m to q is counted in.
-func (v *serving) countsFor(q *fastQuery, m *dns.Msg, denial bool) *counts {
+func (v *serving) countsFor(q *query, m *dns.Msg, denial bool) *counts {
 	b := q.block
 	k := countsKey{block: b, qtype: typeLabel(m.Question[0].Qtype), rcode: m.Rcode, denial: denial, six: q.from.raw.Family != unix.AF_INET}
 	if o := m.IsEdns0(); o != nil {

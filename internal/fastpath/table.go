@@ -1,4 +1,4 @@
-package nodecache
+package fastpath
 
 import (
 	"bytes"
@@ -14,9 +14,9 @@ const (
 	ways = 8 // entries of one bucket
 	// asked is how many looks for room an entry outlives that has been asked for.
 	asked          = 2
-	defaultEntries = 1 << 14
-	minEntries     = 64
-	maxEntries     = 1 << 24
+	DefaultEntries = 1 << 14
+	MinEntries     = 64
+	MaxEntries     = 1 << 24
 	// maxWire bounds the answers that are kept: larger ones do not fit a packet of
 	// IPv6's smallest MTU, and are rare.
 	maxWire = 1232

@@ -1,4 +1,4 @@
-package nodecache
+package fastpath
 
 import (
 	"context"
@@ -308,7 +308,7 @@ func (m marker) Name() string { return m.next.Name() }
 
 // ServeDNS implements plugin.Handler.
 func (m marker) ServeDNS(ctx context.Context, w dns.ResponseWriter, r *dns.Msg) (int, error) {
-	if q, ok := ctx.Value(fastKey{}).(*fastQuery); ok {
+	if q, ok := ctx.Value(queryKey{}).(*query); ok {
 		q.missed.Store(true)
 	}
 	to := cacheWriter(w)

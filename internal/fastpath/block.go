@@ -1,0 +1,129 @@
+package fastpath
+
+import (
+	"context"
+	"fmt"
+	"reflect"
+	"slices"
+
+	"github.com/coredns/coredns/core/dnsserver"
+	"github.com/coredns/coredns/plugin"
+	"github.com/coredns/coredns/plugin/cache"
+	prom "github.com/coredns/coredns/plugin/metrics"
+	"github.com/coredns/coredns/plugin/pkg/transport"
+	"github.com/miekg/dns"
+)
+
+// exact are the plugins that may stand before cache in a block with fastpath: what
+// they do to a query that cache answers depends on nothing but its bytes, and none has
+// to see each query. (prometheus has to, and is done justice by counts.)
+var exact = []string{
+	"any", "bufsize", "cancel", "chaos", "errors", "health", "local", "metadata", "nsid", "prometheus", "ready",
+}
+
+// A Block is a server block with fastpath. Its exported fields are set before Attach.
+type Block struct {
+	Entries int
+	Ports   []string // of its keys
+	Config  *dnsserver.Config
+	Next    plugin.Handler // behind the plugin that calls Enter
+
+	items    *items
+	settings cacheSettings
+	metrics  *prom.Metrics // nil: the block has no prometheus
+}
+
+// Enter is called by the plugin of the name that Attach is given with each query that
+// comes to it in the block.
+func (b *Block) Enter(ctx context.Context, r *dns.Msg) {
+	if q, ok := ctx.Value(queryKey{}).(*query); ok {
+		q.enter(b, r)
+	}
+}
+
+// Attach gets the block ready, or says what does not go with fastpath. CoreDNS has made its
+// servers, of the configurations all, and does not listen yet. self is the name of the
+// plugin that calls Enter.
+func (b *Block) Attach(self string, all []*dnsserver.Config) error {
+	ours := reflect.ValueOf(b.Config.UDPDecorateWriterFunc).Pointer()
+	for _, c := range all {
+		if c.Transport != transport.DNS || !slices.Contains(b.Ports, c.Port) || !slices.ContainsFunc(c.ListenHosts, func(h string) bool { return slices.Contains(b.Config.ListenHosts, h) }) {
+			continue
+		}
+		what := ""
+		switch f := c.UDPDecorateWriterFunc; {
+		case len(c.FilterFuncs) > 0 || c.ViewName != "":
+			what = "view"
+		case c.ProxyProtoConnPolicy != nil:
+			what = "proxyproto"
+		case c.NumSockets > 1:
+			what = "multisocket"
+		case f != nil && reflect.ValueOf(f).Pointer() != ours:
+			what = "shed"
+		}
+		if what != "" {
+			return fmt.Errorf("fastpath can't go with the plugin %s in any server block that listens on the same address: take one of the two out", what)
+		}
+	}
+	return b.attach(self)
+}
+
+// attach checks that a block's plugins allow a fast way, and puts a marker behind its
+// cache plugin. The chain of plugins has been compiled.
+func (b *Block) attach(self string) error {
+	if _, err := layout(); err != nil {
+		return fmt.Errorf("fastpath: this build has a plugin cache that nodecache does not know: %w", err)
+	}
+	refuse := func(name string) error {
+		return fmt.Errorf("fastpath can't go with the plugin %s in a server block: its answers are not the same for everybody, or it has to see every query; take one of the two out", name)
+	}
+	order := func(name string) int { return slices.Index(dnsserver.Directives, name) }
+	for _, h := range b.Config.Handlers() {
+		if order(h.Name()) < order(self) && !slices.Contains(exact, h.Name()) {
+			return refuse(h.Name())
+		}
+	}
+	h := b.Next
+	for {
+		if h == nil {
+			return fmt.Errorf("fastpath needs the plugin cache in the same server block: it sends again what cache has answered")
+		}
+		if _, ok := h.(*cache.Cache); ok {
+			break
+		}
+		if !slices.Contains(exact, h.Name()) {
+			if b.Config.Handler("cache") == nil {
+				return fmt.Errorf("fastpath needs the plugin cache in the same server block: it sends again what cache has answered")
+			}
+			return refuse(h.Name())
+		}
+		h = nextOf(h)
+	}
+	c := h.(*cache.Cache)
+	var err error
+	if b.settings, err = readSettings(c); err != nil {
+		return fmt.Errorf("fastpath: this build has a plugin cache that nodecache does not know: %w", err)
+	}
+	if m, ok := b.Config.Handler("prometheus").(*prom.Metrics); ok {
+		b.metrics = m
+	}
+	b.items = newItems(b.Entries, b.settings.staleUpTo)
+	if c.Next != nil {
+		c.Next = marker{next: c.Next, items: b.items}
+	}
+	return nil
+}
+
+// nextOf returns the plugin behind h, or nil.
+func nextOf(h plugin.Handler) plugin.Handler {
+	v := reflect.Indirect(reflect.ValueOf(h))
+	if v.Kind() != reflect.Struct {
+		return nil
+	}
+	f := v.FieldByName("Next")
+	if !f.IsValid() || !f.CanInterface() {
+		return nil
+	}
+	next, _ := f.Interface().(plugin.Handler)
+	return next
+}
