@@ -180,7 +180,7 @@ func (l *latecomers) again() bool {
 }
 
 func (l *latecomers) free(plugin string) bool {
-	return !slices.ContainsFunc(l.ports, func(p otherPort) bool { return p.plugin == plugin && p.try(nil) != nil })
+	return !slices.ContainsFunc(l.ports, func(p otherPort) bool { return p.plugin == plugin && p.bind() != nil })
 }
 
 // listen runs what the plugin was not allowed to do.
