@@ -25,7 +25,7 @@ func (n *node) start(cfg *config) error {
 			return errors.New("the process is on its way out")
 		}
 		err := n.bring(cfg)
-		if n.life.Kind == life.Absent && n.auto == backendIPT && cfg.auto() && isFirewallError(err) {
+		if n.life.Kind == life.Absent && n.auto == backendIPT && cfg.auto() && isFirewallError(err) && n.exiting.Err() == nil {
 			log.Warningf("iptables does not work here, trying nftables: %v", err)
 			n.auto = backendNFT
 			delete(n.firewalls, backendIPT)
@@ -299,6 +299,9 @@ func configOf(i *caddy.Instance) *config {
 // follows.
 func (n *node) replaced(cfg *config) {
 	called, exit := time.Now(), inForce(cfg) // a reload has stopped it before
+	if exit && !caddy.Started() {
+		n.beginExit() // the start is given up, whatever it waits for
+	}
 	n.do(func() error {
 		if (exit || !cfg.restarting) && n.exitBegan.IsZero() {
 			n.exitBegan = called // a repair under way may have taken its time
