@@ -29,7 +29,7 @@ func (n *node) exit() {
 		if !n.exitBegan.IsZero() {
 			by = n.exitBegan.Add(exitLimit)
 		}
-		if least := began.Add(exitLeast); by.Before(least) {
+		if least := began.Add(2 * exitLeast); by.Before(least) {
 			by = least
 		}
 		kept := cfg.state(true, n.resolve)
@@ -86,7 +86,8 @@ func (n *node) reduceBy(kept desired.State, by time.Time) error {
 		if err == nil {
 			return nil
 		}
-		if time.Until(by) < retryFirst {
+		// What iptables can't read it will not be able to in a moment.
+		if time.Until(by) < retryFirst || errors.As(err, new(unreadableError)) {
 			// Nobody listens any more, so rules that have stayed are out of force,
 			// and no query needs the addresses.
 			n.want = kept
@@ -115,6 +116,7 @@ func (n *node) drain(es []desired.Endpoint, kept bool, deadline time.Time) (open
 			udp = append(udp, e)
 		}
 	}
+	began := time.Now()
 	for i, leaving := range [][]desired.Endpoint{shared, tcp, udp} {
 		if i == 2 && len(leaving) == 0 {
 			continue
@@ -134,7 +136,7 @@ func (n *node) drain(es []desired.Endpoint, kept bool, deadline time.Time) (open
 		}
 	}
 	if open > 0 {
-		log.Warningf("%d queries were not answered within %s", open, drainLimit)
+		log.Warningf("%d queries were not answered within %s", open, time.Since(began).Round(time.Millisecond))
 	}
 	return open
 }

@@ -7,14 +7,24 @@ import (
 	"github.com/vishvananda/netlink"
 )
 
+// linkAlias is on a link that some process of ours has made.
+const linkAlias = "nodecache"
+
+func mark(l netlink.Link) {
+	if err := netlink.LinkSetAlias(l, linkAlias); err != nil {
+		log.Debugf("marking %s as made by nodecache: %v", l.Attrs().Name, err)
+	}
+}
+
 // checkLink says whether name is free, or already ours to use: what this or another
-// process has (inUse), or what one that was killed has left, which has no foreign address.
+// process has (inUse), or what one has left: killed, or for want of being empty. Such a link
+// has our mark, or, of release 0.1.0, no foreign address.
 func checkLink(name string, inUse bool) error {
 	l, err := linkByName(name)
 	if err != nil || l == nil {
 		return err
 	}
-	if _, err = linkKind(l); err != nil || inUse {
+	if _, err = linkKind(l); err != nil || inUse || l.Attrs().Alias == linkAlias {
 		return err
 	}
 	others, err := foreignAddrs(l)

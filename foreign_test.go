@@ -9,6 +9,12 @@ import (
 // A link with somebody else's address, such as a VPN's, is not taken.
 func TestLinkWithForeignAddressIsRefused(t *testing.T) {
 	newTestLink(t, "169.254.20.10", "fd00:20::10")
+	l, err := linkByName(testLink)
+	must(t, err)
+	if l.Attrs().Alias != "nodecache" {
+		t.Errorf("the link has the mark %q", l.Attrs().Alias)
+	}
+	must(t, netlink.LinkSetAlias(l, ""))
 	must(t, checkLink(testLink, false))
 	addAddr(t, testLink, "fe80::1/64") // as the kernel generates
 	must(t, checkLink(testLink, false))
@@ -16,10 +22,13 @@ func TestLinkWithForeignAddressIsRefused(t *testing.T) {
 	wantError(t, checkLink(testLink, false), "carries 10.77.0.1/24 of somebody else")
 	wantError(t, checkLink(testLink, true), "")
 	in := corefile{"nodecache {\ninterface " + testLink + "\n}", "169.254.20.10", dns53}
-	_, err := checked(t, in)
+	_, err = checked(t, in)
 	wantError(t, err, "Testfile:2 - Error during parsing: interface "+testLink+": a link of this name exists and carries 10.77.0.1/24 of somebody else")
 	_, err = checked(t, in, testLink)
 	wantError(t, err, "")
+	// What a process of ours has made and could not remove is not lost to the next one.
+	must(t, netlink.LinkSetAlias(l, "nodecache"))
+	must(t, checkLink(testLink, false))
 }
 
 // A TUN device that a program holds is that program's, whatever it carries.

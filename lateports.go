@@ -188,7 +188,7 @@ func (l *latecomers) again() bool {
 }
 
 func (l *latecomers) free(what otherPort) bool {
-	return !slices.ContainsFunc(l.ports, func(p otherPort) bool { return p.together() == what && p.try(nil) != nil })
+	return !slices.ContainsFunc(l.ports, func(p otherPort) bool { return p.together() == what && p.bind() != nil })
 }
 
 // listen runs what the plugin was not allowed to do.

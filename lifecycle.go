@@ -25,7 +25,7 @@ func (n *node) start(cfg *config) error {
 			return errors.New("the process is on its way out")
 		}
 		err := n.bring(cfg)
-		if n.life.Kind == life.Absent && n.auto == backendIPT && cfg.auto() && isFirewallError(err) {
+		if n.life.Kind == life.Absent && n.auto == backendIPT && cfg.auto() && isFirewallError(err) && n.exiting.Err() == nil {
 			log.Warningf("iptables does not work here, trying nftables: %v", err)
 			n.auto = backendNFT
 			delete(n.firewalls, backendIPT)
@@ -278,9 +278,11 @@ func (n *node) revert(cfg *config) {
 }
 
 // stopped tells whether CoreDNS has stopped the instance of cfg, in favour of another.
-func stopped(cfg *config) bool {
-	instances := caddy.Instances()
-	return len(instances) > 0 && !slices.ContainsFunc(instances, func(i *caddy.Instance) bool { return configOf(i) == cfg })
+func stopped(cfg *config) bool { return len(caddy.Instances()) > 0 && !inForce(cfg) }
+
+// inForce tells whether CoreDNS has an instance of cfg that it has not stopped.
+func inForce(cfg *config) bool {
+	return slices.ContainsFunc(caddy.Instances(), func(i *caddy.Instance) bool { return configOf(i) == cfg })
 }
 
 // configOf returns the config of an instance, or nil where no block of it has nodecache.
@@ -296,18 +298,22 @@ func configOf(i *caddy.Instance) *config {
 // time begins: the servers still answer, health may let its lameduck pass, and exit
 // follows.
 func (n *node) replaced(cfg *config) {
+	called, exit := time.Now(), inForce(cfg) // a reload has stopped it before
+	if exit && !caddy.Started() {
+		n.beginExit() // the start is given up, whatever it waits for
+	}
 	n.do(func() error {
-		if !cfg.restarting && n.exitBegan.IsZero() {
-			n.exitBegan = time.Now()
+		if (exit || !cfg.restarting) && n.exitBegan.IsZero() {
+			n.exitBegan = called // a repair under way may have taken its time
 		}
-		if after, ok := n.life.On(life.Stops, cfg); ok && cfg.restarting {
+		if after, ok := n.life.On(life.Stops, cfg); ok && cfg.restarting && !exit {
 			n.fast.Only(after.InForce.fastAddrs())
 		}
 		return nil
 	})
 	n.fast.Finish(stopLimit)
 	n.do(func() error {
-		if cfg.restarting && n.on(life.Stops, cfg) {
+		if cfg.restarting && !exit && n.on(life.Stops, cfg) {
 			n.settleInto()
 		}
 		return nil

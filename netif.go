@@ -106,11 +106,11 @@ func (n *netif) ensureLink() (netlink.Link, error) {
 			return nil, setupError(errInterfaceCheck, fmt.Errorf("looking for the link %s that was just made: %w", n.name, cmpErr(err, "it is gone")))
 		}
 		n.made = true
-		// No generated link-local address: nobody asks there, and it would show
-		// up in the node's addresses.
+		// No generated link-local address, which would show up among the node's.
 		if err := netlink.LinkSetIP6AddrGenMode(l, nl.IN6_ADDR_GEN_MODE_NONE); err != nil {
 			log.Debugf("keeping %s from generating an IPv6 address: %v", n.name, err) // no IPv6 in this kernel
 		}
+		mark(l)
 	}
 	if n.kind, err = linkKind(l); err != nil {
 		return nil, setupError(errInterfaceCheck, fmt.Errorf("interface %s: %w", n.name, err))

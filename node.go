@@ -26,8 +26,8 @@ const (
 	// exitLimit bounds an exit from the moment it begins, lameduck included: its turns,
 	// waits for locks and the drain share it. Kubernetes gives a pod 30 s.
 	exitLimit = 25 * time.Second
-	// exitLeast is what of exitLimit is left after a lameduck, however long it was, and
-	// after a drain: enough to take away what has to go.
+	// exitLeast is what of exitLimit is left after a lameduck, however long it was, for the
+	// drain, and as much again after a drain: enough to take away what has to go.
 	exitLeast = 5 * time.Second
 	// drainLimit bounds the wait for answers at an exit.
 	drainLimit = 10 * time.Second
@@ -81,6 +81,8 @@ type node struct {
 	alone    desired.State // of leaving at an exit, what goes although somebody is silent
 	deadline time.Time     // of an exit's work, or of a start's undoing; zero: none
 	left     leftRules
+	// slowed is until when reports wait that would be looked at too often.
+	slowed map[chan struct{}]time.Time
 
 	life  life.Phase[config]
 	want  desired.State // what was last made to stand
@@ -90,6 +92,7 @@ type node struct {
 	goal      desired.State
 	owing     bool
 	pause     time.Duration
+	retryAt   *time.Timer // the one try that is to come
 	netifs    map[string]*netif
 	firewalls map[string]firewall
 	auto      string          // what the backend auto has come out as
@@ -116,6 +119,7 @@ func newNode() *node {
 		netifs:    map[string]*netif{},
 		firewalls: map[string]firewall{},
 		faulty:    map[string]bool{},
+		slowed:    map[chan struct{}]time.Time{},
 		syncTick:  time.NewTicker(defaultSync),
 
 		examineTick: time.NewTicker(examineEvery),
@@ -179,7 +183,10 @@ func (n *node) onReport(c chan struct{}, links bool) {
 			n.fighting = true
 			log.Warningf("another program removes what nodecache needs again and again; it is put back once a second from now on")
 		}
-		time.AfterFunc(time.Second, func() { poke(c) })
+		if now := time.Now(); !now.Before(n.slowed[c]) {
+			n.slowed[c] = now.Add(time.Second) // for all reports until then
+			time.AfterFunc(time.Second, func() { poke(c) })
+		}
 		return
 	}
 	n.repair(links, "a report of the kernel")

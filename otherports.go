@@ -188,13 +188,15 @@ func (p otherPort) try(carriers map[netip.Addr][]string) error {
 	if p.e.Proto == "udp" && (p.e.Addr.IsUnspecified() || slices.Contains(carriers[p.e.Addr], "lo")) {
 		return nil
 	}
-	// dnstap shares with nobody, not even with a twin of ours.
-	err := sockets.TryBind(p.e, p.plugin != "dnstap")
+	err := p.bind()
 	if err != nil && p.plugin != "" {
 		err = fmt.Errorf("%s: %w", p.plugin, err)
 	}
 	return err
 }
+
+// bind is try's work. dnstap shares with nobody, not even with a twin of ours.
+func (p otherPort) bind() error { return sockets.TryBind(p.e, p.plugin != "dnstap") }
 
 // tryOthers tries all of ports. Those of plugins without which DNS can be served all the
 // same come out as late, with what is in the way; the first other that is taken is an error.

@@ -145,7 +145,10 @@ func (n *node) tryGoal() (done bool) {
 	n.owing = err != nil
 	if n.owing {
 		log.Errorf("taking away what is not needed any more: %v; trying again in %s", count(err), n.pause)
-		time.AfterFunc(n.pause, func() { poke(n.retry) })
+		if n.retryAt != nil {
+			n.retryAt.Stop() // a check has tried before it was due
+		}
+		n.retryAt = time.AfterFunc(n.pause, func() { poke(n.retry) })
 		n.pause = min(2*n.pause, max(n.syncEvery, retryFirst))
 	}
 	return !n.owing
@@ -305,7 +308,8 @@ func (n *node) repair(links bool, why string) {
 	}
 	n.observe()
 	if n.life.Kind == life.Serving {
-		n.serve(n.want)
+		// Not all of n.want, where something of it is still to be taken away.
+		n.serve(n.life.InForce.state(false, n.resolve))
 	}
 }
 

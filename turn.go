@@ -69,7 +69,9 @@ func turn(ctx context.Context, within time.Duration) (end func(), err error) {
 		}
 		if time.Now().After(deadline) {
 			// Better to go on than to leave the node without its cache.
-			log.Warningf("another nodecache process has been changing the node for %s; going on without waiting for it", within)
+			if within > 0 { // else an exit that has waited, and said so, before
+				log.Warningf("another nodecache process has been changing the node for %s; going on without waiting for it", within.Round(time.Millisecond))
+			}
 			return end, nil
 		}
 		select {

@@ -29,6 +29,13 @@ func TestLinkOfSomebodyElseStays(t *testing.T) {
 	if !strings.Contains(left, "10.78.0.1/24") || strings.Contains(left, "169.254.20.10") {
 		t.Errorf("the link carries %s", left)
 	}
+	// The next start takes it over, as does one after a crash.
+	p = n.serve(n.corefile())
+	n.answersEverybody(false, addrs...)
+	p.Kill()
+	p = n.serve(n.corefile())
+	n.answersEverybody(false, addrs...)
+	p.exit(syscall.SIGTERM)
 	n.commands(n.Node, "ip link del nodelocaldns")
 	n.same("after the exit", before, n.snapshot())
 }

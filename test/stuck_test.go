@@ -94,3 +94,18 @@ func exitBesideWhatIsStuck(n *node, stoppedBefore bool) {
 	n.must(twin.Signal(syscall.SIGCONT))
 	n.run(lab.Load{From: n.Pod, Proto: "udp", To: on(lab.ClusterIP), Count: 20}, false)
 }
+
+// A signal ends a start that waits for the lock of iptables, which leaves nothing.
+func TestExitOfStartThatWaitsForLock(t *testing.T) {
+	n := newNode(t, iptablesLegacy)
+	before := n.snapshot()
+	defer n.lock()()
+	p := n.launch(n.corefile(), lab.Options{})
+	n.must(p.WaitLog(0, "xtables lock"))
+	mark := p.Mark()
+	p.exit(syscall.SIGTERM)
+	if said := p.Log()[mark:]; strings.Contains(said, "still running") {
+		n.Errorf("it has gone on to wait:\n%s", said)
+	}
+	n.same("after the exit", before, n.snapshot())
+}

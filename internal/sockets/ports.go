@@ -67,13 +67,21 @@ func TryBind(e desired.Endpoint, share bool) error {
 	case err == nil:
 		return nil
 	case errors.Is(err, unix.EADDRINUSE):
-		return fmt.Errorf("%s is taken%s: end that program or have it listen elsewhere; two can share an address only when both set SO_REUSEPORT and run as the same user", e, Holder(e))
+		return takenError(e)
 	case errors.Is(err, unix.EACCES):
 		return fmt.Errorf("%s: %w (ports below 1024 need the capability NET_BIND_SERVICE)", e, err)
 	default:
 		log.Debugf("trying %s before CoreDNS does: %v", e, err)
 		return nil
 	}
+}
+
+// takenError is that another program has the endpoint. Who that is takes a look at all
+// processes, so it is found out only to be told.
+type takenError desired.Endpoint
+
+func (t takenError) Error() string {
+	return fmt.Sprintf("%s is taken%s: end that program or have it listen elsewhere; two can share an address only when both set SO_REUSEPORT and run as the same user", desired.Endpoint(t), Holder(desired.Endpoint(t)))
 }
 
 func as4(a netip.Addr) (b [4]byte) {
