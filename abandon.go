@@ -31,13 +31,13 @@ func (n *node) takeBack() error {
 			n.drain(n.life.InForce.listeners(), false, began.Add(drainLimit))
 		}
 		return n.inTurn(func() error {
-			n.member.hide()
+			n.member.Hide()
 			n.leaving, n.want = desired.State{}, desired.State{}
 			// Another process may have come meanwhile.
-			stays := desired.State{Links: n.others.wants.Links}
+			stays := desired.State{Links: n.others.Wants.Links}
 			added := made{}
 			for i, addrs := range n.added {
-				if !n.others.unknown {
+				if !n.others.Unknown {
 					added[i] = slices.DeleteFunc(addrs, func(a netip.Addr) bool { return slices.Contains(stays.Links[i.name], a) })
 				}
 			}

@@ -12,6 +12,7 @@ import (
 	"github.com/contentful-labs/coredns-nodecache/internal/desired"
 
 	"github.com/contentful-labs/coredns-nodecache/internal/outlive"
+	"github.com/contentful-labs/coredns-nodecache/internal/peers"
 )
 
 // faults are what commonly goes wrong on a node although everything of ours stands.
@@ -41,11 +42,11 @@ type site struct {
 	placed    map[netip.Addr]*placed
 	listeners []desired.Endpoint
 	untracked []desired.Endpoint // of listeners, those that a firewall backend has rules for
-	ask       func() (others, error)
+	ask       func() (peers.Others, error)
 }
 
 func (n *node) site(cfg *config) site {
-	s := site{links: map[string]bool{}, placed: cfg.addrs, listeners: cfg.listeners(), ask: func() (others, error) { return n.member.ask(askLimit) }}
+	s := site{links: map[string]bool{}, placed: cfg.addrs, listeners: cfg.listeners(), ask: func() (peers.Others, error) { return n.member.Ask(peers.AskLimit) }}
 	for name := range n.netifs {
 		s.links[name] = true
 	}

@@ -12,6 +12,7 @@ import (
 	"github.com/contentful-labs/coredns-nodecache/internal/ruleset"
 
 	"github.com/contentful-labs/coredns-nodecache/internal/desired"
+	"github.com/contentful-labs/coredns-nodecache/internal/peers"
 
 	"github.com/contentful-labs/coredns-nodecache/internal/sockets"
 )
@@ -72,11 +73,11 @@ func sharedPort(s site) (found []string) {
 	}
 	// Asked after the look, so that it is known of all that the look can have seen.
 	o, err := s.ask()
-	if err != nil || o.unknown || o.states[processIdle]+o.states[processSilent] > 0 {
+	if err != nil || o.Unknown || o.States[peers.Idle]+o.States[peers.Silent] > 0 {
 		return nil
 	}
 	for _, e := range udp {
-		if by[e] != "" && !o.serves[e] {
+		if by[e] != "" && !o.Serves[e] {
 			found = append(found, fmt.Sprintf("%s is served%s too, which takes a share of its queries and loses them when it ends: stop that program, unless this is a change from it to this cache", e, by[e]))
 		}
 	}

@@ -16,6 +16,7 @@ import (
 	"github.com/contentful-labs/coredns-nodecache/internal/desired"
 
 	"github.com/contentful-labs/coredns-nodecache/internal/life"
+	"github.com/contentful-labs/coredns-nodecache/internal/peers"
 )
 
 // NetworkManager's files are as those of 1.42: of a link that it has noted, of one to
@@ -72,12 +73,12 @@ func TestSharedPort(t *testing.T) {
 		handOver(t, "dnsmasq", f)
 	}
 	asked := 0
-	o := others{serves: map[desired.Endpoint]bool{{Addr: addr("10.96.0.10"), Proto: "udp", Port: 53}: true}}
-	s := site{listeners: dnsOn("169.254.20.10", "10.96.0.10"), ask: func() (others, error) { asked++; return o, nil }}
+	o := peers.Others{Serves: map[desired.Endpoint]bool{{Addr: addr("10.96.0.10"), Proto: "udp", Port: 53}: true}}
+	s := site{listeners: dnsOn("169.254.20.10", "10.96.0.10"), ask: func() (peers.Others, error) { asked++; return o, nil }}
 	if found := sharedPort(s); len(found) != 1 || !strings.HasPrefix(found[0], `169.254.20.10:53/udp is served by "dnsmasq" (process `) || asked != 1 {
 		t.Errorf("asked %d times, found %q", asked, found)
 	}
-	o.unknown = true
+	o.Unknown = true
 	if found := sharedPort(s); len(found) > 0 {
 		t.Errorf("beside one that does not say what it serves: %q", found)
 	}

@@ -7,6 +7,7 @@ import (
 
 	"github.com/contentful-labs/coredns-nodecache/internal/desired"
 	"github.com/contentful-labs/coredns-nodecache/internal/life"
+	"github.com/contentful-labs/coredns-nodecache/internal/peers"
 	"github.com/contentful-labs/coredns-nodecache/internal/sockets"
 )
 
@@ -44,14 +45,14 @@ func (n *node) exit() {
 		n.deadline = by
 		left := n.reduceBy(kept, by)
 		took := time.Since(began).Round(time.Millisecond)
-		lastWords{Seconds: took.Seconds(), GivenUp: givenUp}.tell(n.member.id())
+		n.member.SayLastWords(peers.LastWords{Seconds: took.Seconds(), GivenUp: givenUp})
 		if n.exits != nil {
 			n.exits.Close()
 		}
 		switch _, rulesGo := n.firewalls[backendNFT]; {
 		case left != nil:
 			log.Errorf("left after %s, but not all of nodecache is off the node: %v; the next nodecache process here takes over what has stayed, which is without effect on queries until then", took, count(left))
-		case !n.others.wants.Empty() || n.others.unknown:
+		case !n.others.Wants.Empty() || n.others.Unknown:
 			log.Infof("left after %s; what another process serves stays in place", took)
 		case kept.Empty():
 			log.Infof("left after %s; nothing of nodecache is on the node any more", took)
@@ -108,7 +109,7 @@ func (n *node) drain(es []desired.Endpoint, kept bool, deadline time.Time) (open
 	var shared, tcp, udp []desired.Endpoint
 	for _, e := range es {
 		switch {
-		case n.others.serves[e]:
+		case n.others.Serves[e]:
 			shared = append(shared, e)
 		case e.Proto == "tcp":
 			tcp = append(tcp, e)

@@ -47,9 +47,9 @@ type standing struct {
 // standing returns it for a backend, as of this process's last turn.
 func (n *node) standing(backend string) standing {
 	return standing{
-		others:  n.others.wants.Rules[backend],
-		leaving: n.leaving.Minus(n.others.stays).Rules[backend],
-		unknown: n.others.unknown,
+		others:  n.others.Wants.Rules[backend],
+		leaving: n.leaving.Minus(n.others.Stays).Rules[backend],
+		unknown: n.others.Unknown,
 		alone:   n.alone.Rules[backend],
 	}
 }

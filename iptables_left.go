@@ -30,7 +30,7 @@ type leftRules struct {
 // sweep removes them while no other process is there that may need them.
 func (n *node) sweep() {
 	own, known := n.ownVariant()
-	if !known || n.others.unknown || n.others.variants[""] {
+	if !known || n.others.Unknown || n.others.Variants[""] {
 		n.left.looked = false
 		return
 	}
@@ -49,7 +49,7 @@ func (n *node) sweep() {
 	} {
 		switch {
 		case variant == own: // ensure has done it
-		case n.others.variants[variant]:
+		case n.others.Variants[variant]:
 			n.left.looked = false
 		default:
 			errs = append(errs, sweep(ipv4), sweep(ipv6))

@@ -8,6 +8,9 @@ import (
 	"testing"
 
 	"github.com/google/nftables"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/desired"
+	"github.com/contentful-labs/coredns-nodecache/internal/peers"
 )
 
 // nftRun runs nft as somebody else would.
@@ -139,9 +142,9 @@ func TestRulesOfOtherVariantAreRemoved(t *testing.T) {
 			if c.backend == backendNFT {
 				cfg.links[testLink].backend = backendNFT
 			}
-			other := newMember()
-			t.Cleanup(other.hide)
-			must(t, other.show(presence{Rules: show(dnsOn("169.254.20.10"))}))
+			other := peers.New(backendIPT, badLinkName)
+			t.Cleanup(other.Hide)
+			must(t, other.Show(peers.Shown{Wants: desired.State{Rules: map[string][]desired.Endpoint{backendIPT: dnsOn("169.254.20.10")}}}))
 			must(t, n.start(cfg))
 			serveOn(t, cfg.listeners()...)
 			eventually(t, "the start is complete", n.ready.Load)
@@ -153,7 +156,7 @@ func TestRulesOfOtherVariantAreRemoved(t *testing.T) {
 			if lines := v.ours(t); len(lines) != 28 {
 				t.Errorf("another process may need them, and %d rules are left", len(lines))
 			}
-			other.hide()
+			other.Hide()
 			check()
 			if c.was != c.is || c.backend == backendNFT {
 				if after := v.rules(t); after != before {

@@ -62,7 +62,7 @@ func (n *node) bring(cfg *config) error {
 	})
 	if err != nil {
 		if n.life.Kind == life.Absent {
-			n.member.hide()
+			n.member.Hide()
 		} else if err := n.show(was, n.serves()); err != nil {
 			log.Errorf("%v", err)
 		}
@@ -180,7 +180,7 @@ func (n *node) complete(cfg *config, began time.Time) {
 	target := cfg.state(false, n.resolve)
 	if n.exits == nil {
 		var err error
-		if n.exits, err = hearLastWords(n.member.id()); err != nil {
+		if n.exits, err = n.member.HearLastWords(); err != nil {
 			log.Warningf("%v; exits of other processes are not counted", err)
 		}
 	}
@@ -234,7 +234,7 @@ func (n *node) leave(going desired.State) {
 		if err := n.show(n.want, n.serves()); err != nil {
 			log.Errorf("%v", err)
 		}
-		gone := going.Minus(n.others.stays)
+		gone := going.Minus(n.others.Stays)
 		for name, addrs := range gone.Links {
 			if i := n.netifs[name]; i != nil {
 				i.unprefer(addrs)
@@ -339,7 +339,7 @@ func (n *node) onlyShared() desired.State {
 	s := desired.State{Rules: map[string][]desired.Endpoint{}}
 	for b, es := range n.want.Rules {
 		for _, e := range es {
-			if n.others.serves[e] {
+			if n.others.Serves[e] {
 				s.Rules[b] = append(s.Rules[b], e)
 			}
 		}

@@ -12,6 +12,7 @@ import (
 	"github.com/contentful-labs/coredns-nodecache/internal/desired"
 
 	"github.com/contentful-labs/coredns-nodecache/internal/outlive"
+	"github.com/contentful-labs/coredns-nodecache/internal/peers"
 )
 
 // Kinds of setup errors, as node-cache of kubernetes/dns labels them.
@@ -20,19 +21,6 @@ const (
 	errFirewallLock   = "iptables_lock"
 	errInterfaceAdd   = "interface_add"
 	errInterfaceCheck = "interface_check"
-)
-
-// What a process on the node does, as another one sees it.
-const (
-	processServing = "serving"
-	processIdle    = "idle"   // on its way in or out
-	processSilent  = "silent" // it does not answer
-)
-
-// How an exit went.
-const (
-	drainComplete = "complete"
-	drainCutShort = "cut_short" // queries were given up
 )
 
 // Objects that can be repaired.
@@ -86,25 +74,6 @@ var (
 		Name:      "sync_interval_seconds",
 		Help:      "Gauge of the seconds between two checks.",
 	})
-	drains = promauto.NewCounterVec(prometheus.CounterOpts{
-		Namespace: plugin.Namespace,
-		Subsystem: directiveName,
-		Name:      "drains_total",
-		Help:      "Counter of exits on this node, of this process and of those that it has outlived.",
-	}, []string{"outcome"})
-	drainDuration = promauto.NewHistogram(prometheus.HistogramOpts{
-		Namespace: plugin.Namespace,
-		Subsystem: directiveName,
-		Name:      "drain_duration_seconds",
-		Help:      "Histogram of how long these exits took until what had arrived was answered and what had to go was gone.",
-		Buckets:   []float64{.025, .05, .1, .25, .5, 1, 2.5, 5, 10, 20},
-	})
-	drainGivenUp = promauto.NewCounter(prometheus.CounterOpts{
-		Namespace: plugin.Namespace,
-		Subsystem: directiveName,
-		Name:      "drain_queries_given_up_total",
-		Help:      "Counter of queries that these exits left without an answer.",
-	})
 	nodeFaults = promauto.NewGaugeVec(prometheus.GaugeOpts{
 		Namespace: plugin.Namespace,
 		Subsystem: directiveName,
@@ -141,10 +110,7 @@ var Version = "unknown"
 
 func init() {
 	// Present from the start, so that a rate over them sees the first error.
-	for _, o := range []string{drainComplete, drainCutShort} {
-		drains.WithLabelValues(o)
-	}
-	for _, s := range []string{processServing, processIdle, processSilent} {
+	for _, s := range []string{peers.Serving, peers.Idle, peers.Silent} {
 		processes.WithLabelValues(s)
 	}
 	for _, f := range faults {
@@ -198,12 +164,12 @@ func (n *node) observe() {
 		objectsInPlace.WithLabelValues(object).Set(float64(v[1]))
 	}
 
-	own := processIdle
+	own := peers.Idle
 	if n.life.InForce != nil && !n.exited() {
-		own = processServing
+		own = peers.Serving
 	}
-	for _, s := range []string{processServing, processIdle, processSilent} {
-		v := n.others.states[s]
+	for _, s := range []string{peers.Serving, peers.Idle, peers.Silent} {
+		v := n.others.States[s]
 		if s == own {
 			v++
 		}

@@ -14,6 +14,7 @@ import (
 	"github.com/contentful-labs/coredns-nodecache/internal/desired"
 	"github.com/contentful-labs/coredns-nodecache/internal/fastpath"
 	"github.com/contentful-labs/coredns-nodecache/internal/life"
+	"github.com/contentful-labs/coredns-nodecache/internal/peers"
 	"github.com/contentful-labs/coredns-nodecache/internal/sockets"
 )
 
@@ -72,8 +73,8 @@ type node struct {
 	fast      *fastpath.Listeners
 	tcp       sockets.Clients
 
-	member   *member
-	others   others // as of this process's last turn
+	member   *peers.Member
+	others   peers.Others // as of this process's last turn
 	watching watched
 	calm     *rate.Limiter // of repairs
 	fighting bool          // that limit was reached
@@ -114,7 +115,7 @@ func newNode() *node {
 		ruleset:   make(chan struct{}, 1),
 		retry:     make(chan struct{}, 1),
 		patience:  politeness,
-		member:    newMember(),
+		member:    peers.New(backendIPT, badLinkName),
 		calm:      rate.NewLimiter(rate.Every(time.Second), 10),
 		netifs:    map[string]*netif{},
 		firewalls: map[string]firewall{},
@@ -205,8 +206,8 @@ func poke(c chan struct{}) {
 func (n *node) links() (names []string) {
 	n.do(func() error {
 		names = slices.Collect(maps.Keys(n.netifs))
-		o, err := n.member.ask(askLimit)
-		names = slices.AppendSeq(names, maps.Keys(o.wants.Links))
+		o, err := n.member.Ask(peers.AskLimit)
+		names = slices.AppendSeq(names, maps.Keys(o.Wants.Links))
 		return err
 	})
 	return names
@@ -215,12 +216,12 @@ func (n *node) links() (names []string) {
 // inTurn runs f while no other process changes the node, knowing what they want. An exit
 // waits for a turn as long as its politeness lasts, and then goes on without.
 func (n *node) inTurn(f func() error) error {
-	ctx, within, answers := n.exiting, turnLimit, askLimit
+	ctx, within, answers := n.exiting, peers.TurnLimit, peers.AskLimit
 	if n.exited() {
-		ctx, within, answers = context.Background(), n.patience, askLimitAtExit
+		ctx, within, answers = context.Background(), n.patience, peers.AskLimitAtExit
 	}
 	began := time.Now()
-	end, err := turn(ctx, within)
+	end, err := peers.Turn(ctx, within)
 	if n.exited() {
 		n.patience -= min(time.Since(began), n.patience)
 	}
@@ -228,7 +229,7 @@ func (n *node) inTurn(f func() error) error {
 		return err
 	}
 	defer end()
-	if n.others, err = n.member.ask(answers); err != nil {
+	if n.others, err = n.member.Ask(answers); err != nil {
 		return err
 	}
 	return f()
@@ -236,12 +237,9 @@ func (n *node) inTurn(f func() error) error {
 
 // show tells the other processes what this one wants, and what it serves.
 func (n *node) show(want desired.State, serves []desired.Endpoint) error {
-	p := presence{
-		Links: want.Links, Rules: show(want.Rules[backendIPT]), Serves: show(serves),
-		LeavingLinks: n.leaving.Links, LeavingRules: show(n.leaving.Rules[backendIPT]),
-	}
+	s := peers.Shown{Wants: want, Leaving: n.leaving, Serves: serves}
 	if t, ok := n.firewalls[backendIPT].(interface{ variant() string }); ok {
-		p.Variant = t.variant()
+		s.Variant = t.variant()
 	}
-	return n.member.show(p)
+	return n.member.Show(s)
 }

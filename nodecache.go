@@ -24,7 +24,7 @@
 // setup.go reads the directive into a config (state.go); node.go owns what the
 // process has on the node and is the only one to change it, through netif.go
 // (the interface and its addresses) and a firewall (iptables.go, nftables.go).
-// members.go shows this process to the others on the node and ask.go asks them, turn.go has
+// internal/peers shows this process to the others on the node, asks them and has
 // one change the node at a time, watch.go knows of what the kernel reports, ports.go,
 // holders.go and sockets.go of who listens, otherports.go and lateports.go of what other
 // plugins listen on, drain.go and abandon.go of how to leave.

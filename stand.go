@@ -171,12 +171,12 @@ func (n *node) reduce(want desired.State) error {
 	if n.exited() || n.life.InForce == nil {
 		// Before the others are asked: of two that leave at once, without a turn if
 		// need be, at least one knows that it is the last.
-		n.member.hide()
+		n.member.Hide()
 	}
 	return n.inTurn(func() error {
 		left := n.leaving
 		n.leaving = desired.State{}
-		if n.exited() && n.others.unknown {
+		if n.exited() && n.others.Unknown {
 			n.alone = n.servedAlone(n.want.Minus(want))
 		}
 		if !n.exited() && n.life.InForce != nil {
@@ -202,11 +202,11 @@ func (n *node) reduce(want desired.State) error {
 
 // prune takes from our links what nobody wants, and links left empty.
 func (n *node) prune(want desired.State) error {
-	if n.others.unknown {
+	if n.others.Unknown {
 		return n.pruneAlone()
 	}
 	var errs []error
-	all := want.Union(n.others.wants)
+	all := want.Union(n.others.Wants)
 	for name, i := range n.netifs {
 		errs = append(errs, i.prune(all.Links[name]))
 		if len(want.Links[name]) == 0 {
@@ -246,7 +246,7 @@ func (n *node) servedAlone(s desired.State) desired.State {
 	for e := range served {
 		shared[e.Addr] = true
 	}
-	s = s.Minus(n.others.wants)
+	s = s.Minus(n.others.Wants)
 	a := desired.State{Links: map[string][]netip.Addr{}, Rules: map[string][]desired.Endpoint{}}
 	for name, addrs := range s.Links {
 		a.Links[name] = slices.DeleteFunc(slices.Clone(addrs), func(x netip.Addr) bool { return shared[x] })

@@ -89,6 +89,23 @@ func NeedRoot(t testing.TB) {
 	}
 }
 
+// As does something as a user.
+func As(t testing.TB, user int, do func()) {
+	t.Helper()
+	NeedRoot(t)
+	// The user is this thread's alone. The saved one stays root, for the way back.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	become := func(user int) {
+		if _, _, errno := unix.RawSyscall(unix.SYS_SETRESUID, uintptr(user), uintptr(user), ^uintptr(0)); errno != 0 {
+			panic(errno) // the thread must not be used with the wrong user
+		}
+	}
+	become(user)
+	defer become(0)
+	do()
+}
+
 // Eventually polls until ok holds. The deadline only ends a test that has failed.
 func Eventually(t testing.TB, what string, ok func() bool) {
 	t.Helper()
@@ -105,6 +122,20 @@ func Must(t testing.TB, err error) {
 	if err != nil {
 		t.Fatal(err)
 	}
+}
+
+// Counted is the value of a counter without labels.
+func Counted(t testing.TB, name string) float64 {
+	t.Helper()
+	families, err := prometheus.DefaultGatherer.Gather()
+	Must(t, err)
+	for _, f := range families {
+		if f.GetName() == name {
+			return f.GetMetric()[0].GetCounter().GetValue()
+		}
+	}
+	t.Fatalf("no counter %s", name)
+	return 0
 }
 
 // WantError fails unless err says text; with text empty, unless err is nil.

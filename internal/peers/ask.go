@@ -1,4 +1,4 @@
-package nodecache
+package peers
 
 import (
 	"errors"
@@ -24,18 +24,18 @@ type reply struct {
 	err error
 }
 
-// ask returns what the other processes want, each of which has so long to answer. Of one
+// Ask returns what the other processes want, each of which has so long to answer. Of one
 // that is silent counts what it said last: it can have changed nothing since, unless it
 // is only slow.
-func (m *member) ask(within time.Duration) (others, error) {
-	o := others{wants: desired.State{}, serves: map[desired.Endpoint]bool{}, variants: map[string]bool{}, states: map[string]int{}}
+func (m *Member) Ask(within time.Duration) (Others, error) {
+	o := Others{Wants: desired.State{}, Serves: map[desired.Endpoint]bool{}, Variants: map[string]bool{}, States: map[string]int{}}
 	list, err := listSockets(memberSockets)
 	if err != nil {
 		return o, fmt.Errorf("looking for other processes that serve here: %w", err)
 	}
 	names := m.peers(&list)
 	if list.more {
-		o.unknown = true
+		o.Unknown = true
 		m.tell("peers", fmt.Sprintf("there are more than %d other nodecache processes here, and only so many are asked; nothing is taken away", peerLimit))
 	} else {
 		m.tell("peers", "")
@@ -44,7 +44,7 @@ func (m *member) ask(within time.Duration) (others, error) {
 	var all sync.WaitGroup
 	for i, name := range names {
 		all.Go(func() {
-			p, err := askOne(name, time.Now().Add(within))
+			p, err := m.askOne(name, time.Now().Add(within))
 			replies[i] = reply{name, p, err}
 		})
 	}
@@ -67,7 +67,7 @@ func (m *member) ask(within time.Duration) (others, error) {
 
 // peers returns the names to ask, at most peerLimit, those first who have answered before.
 // It forgets who is gone.
-func (m *member) peers(list *socketList) (names []string) {
+func (m *Member) peers(list *socketList) (names []string) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	there := map[string]bool{}
@@ -107,7 +107,7 @@ func (m *member) peers(list *socketList) (names []string) {
 	return names
 }
 
-func (m *member) forget(name string) {
+func (m *Member) forget(name string) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	delete(m.heard, name)
@@ -115,7 +115,7 @@ func (m *member) forget(name string) {
 }
 
 // add adds to o what one process wants.
-func (m *member) add(o *others, r reply) {
+func (m *Member) add(o *Others, r reply) {
 	m.mu.Lock()
 	if r.err == nil {
 		m.heard[r.name] = r.presence
@@ -130,36 +130,36 @@ func (m *member) add(o *others, r reply) {
 		m.tell(r.name, fmt.Sprintf("asking another nodecache process what it needs: %v; what it said last counts until it answers or ends", r.err))
 	default:
 		m.tell(r.name, fmt.Sprintf("asking another nodecache process what it needs: %v; nothing is taken away until it answers or ends", r.err))
-		o.unknown = true
+		o.Unknown = true
 	}
 	switch {
 	case r.err != nil:
-		o.states[processSilent]++
+		o.States[Silent]++
 	case len(p.Serves) > 0:
-		o.states[processServing]++
+		o.States[Serving]++
 	default:
-		o.states[processIdle]++
+		o.States[Idle]++
 	}
 	if len(p.Rules) > 0 {
-		o.variants[p.Variant] = true
+		o.Variants[p.Variant] = true
 	}
 	if p.Variant != "" && ours != "" && p.Variant != ours {
 		p.Rules, p.LeavingRules = nil, nil
 	}
-	wants, leaving := shownState(p.Links, p.Rules), shownState(p.LeavingLinks, p.LeavingRules)
-	o.wants = o.wants.Union(wants)
-	o.stays = o.stays.Union(wants.Minus(leaving))
-	o.leaving = o.leaving.Union(leaving)
+	wants, leaving := m.state(p.Links, p.Rules), m.state(p.LeavingLinks, p.LeavingRules)
+	o.Wants = o.Wants.Union(wants)
+	o.Stays = o.Stays.Union(wants.Minus(leaving))
+	o.Leaving = o.Leaving.Union(leaving)
 	if r.err != nil {
 		return // whether it still serves is the one thing that nobody can know
 	}
 	for _, e := range shown(p.Serves) {
-		o.serves[e] = true
+		o.Serves[e] = true
 	}
 }
 
 // tell logs what there is to say about something once, until there is something else to say.
-func (m *member) tell(about, what string) {
+func (m *Member) tell(about, what string) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if what == m.told[about] {
@@ -173,7 +173,7 @@ func (m *member) tell(about, what string) {
 	log.Warning(what)
 }
 
-func (m *member) tellStrangers(list socketList) {
+func (m *Member) tellStrangers(list socketList) {
 	what := ""
 	if list.strangers > 0 {
 		what = fmt.Sprintf("what %d processes of other users want here is ignored, such as %s: if they are caches of yours, run them as the user %d", list.strangers, list.examples, os.Geteuid())
@@ -183,9 +183,9 @@ func (m *member) tellStrangers(list socketList) {
 
 // askOne asks a process until the deadline. Anybody can fill its queue for a moment, and it
 // may end between two steps.
-func askOne(name string, deadline time.Time) (p presence, err error) {
+func (m *Member) askOne(name string, deadline time.Time) (p presence, err error) {
 	for {
-		p, err = askOnce(name, deadline)
+		p, err = m.askOnce(name, deadline)
 		again := errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.ECONNRESET) || errors.Is(err, unix.EPIPE) || errors.Is(err, io.ErrUnexpectedEOF)
 		if !again || time.Until(deadline) < turnPoll {
 			break
@@ -198,7 +198,7 @@ func askOne(name string, deadline time.Time) (p presence, err error) {
 	return p, err
 }
 
-func askOnce(name string, deadline time.Time) (p presence, err error) {
+func (m *Member) askOnce(name string, deadline time.Time) (p presence, err error) {
 	d := net.Dialer{Deadline: deadline}
 	c, err := d.Dial("unix", name)
 	if err != nil {
@@ -211,7 +211,7 @@ func askOnce(name string, deadline time.Time) (p presence, err error) {
 	if err := c.SetDeadline(deadline); err != nil {
 		return p, err
 	}
-	p, err = readPresence(c)
+	p, err = readPresence(c, m.badLink)
 	if err != nil {
 		return p, fmt.Errorf("unix socket %s: %w", name, err)
 	}

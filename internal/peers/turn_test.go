@@ -1,4 +1,4 @@
-package nodecache
+package peers
 
 import (
 	"math/rand/v2"
@@ -10,6 +10,37 @@ import (
 
 	"golang.org/x/sys/unix"
 )
+
+func TestTurnsDoNotOverlap(t *testing.T) {
+	needRoot(t)
+	end, err := Turn(t.Context(), TurnLimit)
+	must(t, err)
+	second := make(chan func(), 1)
+	asked := make(chan bool)
+	go func() {
+		close(asked)
+		end, err := Turn(t.Context(), TurnLimit)
+		if err != nil {
+			t.Error(err)
+		}
+		second <- end
+	}()
+	<-asked
+	if l, err := net.Listen("unix", lockNames[0]); err == nil {
+		l.Close()
+		t.Error("the turn is nobody's")
+	}
+	select {
+	case <-second:
+		t.Error("two have a turn at once")
+	default:
+	}
+	end()
+	(<-second)()
+	end, err = Turn(t.Context(), TurnLimit)
+	must(t, err)
+	end()
+}
 
 // Whatever other users have of the lock's names, it costs nobody a wait.
 func TestOtherUsersDoNotHoldTheTurn(t *testing.T) {
@@ -30,7 +61,7 @@ func TestOtherUsersDoNotHoldTheTurn(t *testing.T) {
 			eitherWay(t, func(t *testing.T) {
 				hold(t)
 				// Far longer than a test may take.
-				end, err := turn(t.Context(), time.Hour)
+				end, err := Turn(t.Context(), time.Hour)
 				must(t, err)
 				held, err := heldLocks(-1)
 				must(t, err)
@@ -48,7 +79,7 @@ func TestTurnIsWaitedFor(t *testing.T) {
 	for _, name := range []string{lockNames[0], lockNames[3]} {
 		eitherWay(t, func(t *testing.T) {
 			fd := bindAs(t, 0, unix.SOCK_STREAM, name, 4096)
-			end, err := turn(t.Context(), 50*time.Millisecond)
+			end, err := Turn(t.Context(), 50*time.Millisecond)
 			must(t, err)
 			if held, err := heldLocks(-1); err != nil || len(held) != 1 || lockNames[held[0]] != name {
 				t.Errorf("held are %v, error %v", held, err)
@@ -56,7 +87,7 @@ func TestTurnIsWaitedFor(t *testing.T) {
 			end()
 			taken := make(chan bool)
 			go func() {
-				end, err := turn(t.Context(), time.Hour)
+				end, err := Turn(t.Context(), time.Hour)
 				if err != nil {
 					t.Error(err)
 				}
@@ -101,7 +132,7 @@ func TestTurnsDoNotOverlapWhileStrangersComeAndGo(t *testing.T) {
 	for range 6 {
 		turns.Go(func() {
 			for range 50 {
-				end, err := turn(t.Context(), time.Hour)
+				end, err := Turn(t.Context(), time.Hour)
 				if err != nil {
 					t.Error(err)
 					return

@@ -1,18 +1,13 @@
 package nodecache
 
 import (
-	"fmt"
 	"net"
-	"net/netip"
-	"runtime"
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
-	"golang.org/x/sys/unix"
-
-	"github.com/contentful-labs/coredns-nodecache/internal/desired"
+	"github.com/contentful-labs/coredns-nodecache/internal/peers"
+	"github.com/contentful-labs/coredns-nodecache/internal/testkit"
 )
 
 // newTwin returns another process's part, as newTestNode.
@@ -107,7 +102,7 @@ func TestFailedStartKeepsTwinsAddress(t *testing.T) {
 // stuck is a process that answers what it wants with text, or not at all.
 func stuck(t *testing.T, text string) (end func()) {
 	t.Helper()
-	l, err := net.Listen("unix", memberPrefix+"0000000000000001")
+	l, err := net.Listen("unix", "@nodecache/member/0000000000000001")
 	must(t, err)
 	go func() {
 		for {
@@ -168,10 +163,10 @@ func TestTwinHeedsWhoLeaves(t *testing.T) {
 	eventually(t, "the first one leaves", func() bool { return strings.Contains(strings.Join(aFW.heard(), " "), "leave ") })
 	must(t, b.do(func() error { b.repair(false, "this test"); return nil }))
 	wantRulesOf(t, "while the first one leaves, the second one", bFW, "169.254.20.10,fd00:20::10", "10.96.0.10,169.254.20.10")
-	o, err := b.member.ask(askLimit)
+	o, err := b.member.Ask(peers.AskLimit)
 	must(t, err)
-	if len(o.serves) != 0 {
-		t.Errorf("the one that leaves shows that it serves %v", o.serves)
+	if len(o.Serves) != 0 {
+		t.Errorf("the one that leaves shows that it serves %v", o.Serves)
 	}
 	open.Add(-1)
 	<-left
@@ -179,122 +174,11 @@ func TestTwinHeedsWhoLeaves(t *testing.T) {
 	wantRulesOf(t, "after the first one has left, the second one", bFW, "169.254.20.10,fd00:20::10", "")
 }
 
-func TestMemberShowsWhatItWantsUntilItHides(t *testing.T) {
-	needRoot(t)
-	a, b := newMember(), newMember()
-	defer b.hide()
-	p := presence{Links: map[string][]netip.Addr{testLink: addrs("169.254.20.10")}, Rules: show(dnsOn("fd00:20::10")), Serves: show([]desired.Endpoint{extraPort("10.96.0.10", 8080)})}
-	ask := func() others {
-		o, err := a.ask(askLimit)
-		must(t, err)
-		return o
-	}
-	if o := ask(); !o.wants.Empty() || len(o.serves) > 0 || o.unknown {
-		t.Errorf("before anybody shows: %+v", o)
-	}
-	must(t, b.show(p))
-	for range 2 { // an accepted connection is no further member
-		o := ask()
-		if got := o.wants.Links[testLink]; list(got) != "169.254.20.10" {
-			t.Errorf("wanted on the link are %v", got)
-		}
-		if got := o.wants.Rules[backendIPT]; list(got) != dnsOf("fd00:20::10") {
-			t.Errorf("wanted rules are for %v", got)
-		}
-		if !o.serves[extraPort("10.96.0.10", 8080)] || len(o.serves) != 1 || o.unknown {
-			t.Errorf("served are %v, unknown %v", o.serves, o.unknown)
-		}
-	}
-	p.LeavingLinks, p.LeavingRules = p.Links, p.Rules[:1]
-	must(t, b.show(p))
-	if o := ask(); list(o.leaving.Rules[backendIPT]) != list(shown(p.Rules[:1])) || list(o.stays.Rules[backendIPT]) != list(shown(p.Rules[1:])) || len(o.stays.Links) != 0 {
-		t.Errorf("while it leaves: %+v", o)
-	}
-	must(t, b.show(presence{}))
-	if o := ask(); !o.wants.Empty() || len(o.serves) > 0 {
-		t.Errorf("after it wants nothing: %+v", o)
-	}
-	b.hide()
-	b.hide()
-	if o := ask(); !o.wants.Empty() || o.unknown {
-		t.Errorf("after it is gone: %+v", o)
-	}
-	must(t, b.show(p))
-	if o := ask(); o.wants.Empty() {
-		t.Error("it shows itself again, unseen")
-	}
-	// To oneself one is no other.
-	if o, err := b.ask(askLimit); err != nil || !o.wants.Empty() {
-		t.Errorf("it sees itself: %+v, error %v", o, err)
-	}
-}
-
-// The open copy is what a program has between its fork and its exec.
-func TestMemberShowsItselfAgainWhileItsSocketIsOpenElsewhere(t *testing.T) {
-	needRoot(t)
-	m := newMember()
-	defer m.hide()
-	must(t, m.show(presence{}))
-	held, err := m.listener.(*net.UnixListener).File()
-	must(t, err)
-	m.hide()
-	time.AfterFunc(10*turnPoll, func() { held.Close() })
-	must(t, m.show(presence{}))
-}
-
-func TestTurnsDoNotOverlap(t *testing.T) {
-	needRoot(t)
-	end, err := turn(t.Context(), turnLimit)
-	must(t, err)
-	second := make(chan func(), 1)
-	asked := make(chan bool)
-	go func() {
-		close(asked)
-		end, err := turn(t.Context(), turnLimit)
-		if err != nil {
-			t.Error(err)
-		}
-		second <- end
-	}()
-	<-asked
-	if l, err := net.Listen("unix", lockNames[0]); err == nil {
-		l.Close()
-		t.Error("the turn is nobody's")
-	}
-	select {
-	case <-second:
-		t.Error("two have a turn at once")
-	default:
-	}
-	end()
-	(<-second)()
-	end, err = turn(t.Context(), turnLimit)
-	must(t, err)
-	end()
-}
-
-// as does something as a user.
-func as(t *testing.T, user int, do func()) {
-	t.Helper()
-	needRoot(t)
-	// The user is this thread's alone. The saved one stays root, for the way back.
-	runtime.LockOSThread()
-	defer runtime.UnlockOSThread()
-	become := func(user int) {
-		if _, _, errno := unix.RawSyscall(unix.SYS_SETRESUID, uintptr(user), uintptr(user), ^uintptr(0)); errno != 0 {
-			panic(errno) // the thread must not be used with the wrong user
-		}
-	}
-	become(user)
-	defer become(0)
-	do()
-}
-
 // listenAs listens on a unix socket as a user's process, and shows there that it wants rules.
 func listenAs(t *testing.T, user int, name string) {
 	t.Helper()
 	var l net.Listener
-	as(t, user, func() {
+	testkit.As(t, user, func() {
 		var err error
 		l, err = net.Listen("unix", name)
 		must(t, err)
@@ -316,10 +200,10 @@ func listenAs(t *testing.T, user int, name string) {
 // anything from being taken away.
 func TestOtherUsersAreIgnored(t *testing.T) {
 	a, fw := newTestNode(t)
-	listenAs(t, 65534, memberPrefix+"0000000000000002")
-	o, err := a.member.ask(askLimit)
+	listenAs(t, 65534, "@nodecache/member/0000000000000002")
+	o, err := a.member.Ask(peers.AskLimit)
 	must(t, err)
-	if o.unknown || !o.wants.Empty() || len(o.serves) > 0 || len(o.states) > 0 {
+	if o.Unknown || !o.Wants.Empty() || len(o.Serves) > 0 || len(o.States) > 0 {
 		t.Errorf("of another user's process it takes %+v", o)
 	}
 	up(t, a, demand(t, "", "", "169.254.20.10"))
@@ -334,42 +218,10 @@ func TestOtherUsersAreIgnored(t *testing.T) {
 
 func TestRootsProcessIsAsked(t *testing.T) {
 	a, _ := newTestNode(t)
-	listenAs(t, 0, memberPrefix+"0000000000000003")
-	o, err := a.member.ask(askLimit)
+	listenAs(t, 0, "@nodecache/member/0000000000000003")
+	o, err := a.member.Ask(peers.AskLimit)
 	must(t, err)
-	if o.wants.Empty() || o.states[processServing] != 1 {
+	if o.Wants.Empty() || o.States[peers.Serving] != 1 {
 		t.Errorf("of root's process it takes %+v", o)
-	}
-}
-
-// Only what root says, or this process's own user, is counted.
-func TestLastWordsOfOtherUsersAreIgnored(t *testing.T) {
-	needRoot(t)
-	const listener = "0000000000000004"
-	c, err := hearLastWords(listener)
-	must(t, err)
-	defer c.Close()
-	const givenUp = "coredns_nodecache_drain_queries_given_up_total"
-	before := counted(t, givenUp)
-	as(t, 65534, func() { lastWords{GivenUp: 1000}.send(lastWordsPrefix + listener) })
-	as(t, 0, func() { lastWords{GivenUp: 1}.send(lastWordsPrefix + listener) })
-	eventually(t, "root's are counted", func() bool { return counted(t, givenUp) != before })
-	if got := counted(t, givenUp) - before; got != 1 {
-		t.Errorf("counted %v queries, want 1", got)
-	}
-}
-
-// A datagram leaves its receiver in another state than it has found it (unix_dgram_connect,
-// Linux 6.18).
-func TestLastWordsAreHeardMoreThanOnce(t *testing.T) {
-	needRoot(t)
-	c, err := hearLastWords("0000000000000005")
-	must(t, err)
-	defer c.Close()
-	const givenUp = "coredns_nodecache_drain_queries_given_up_total"
-	before := counted(t, givenUp)
-	for k := range 3 {
-		lastWords{GivenUp: 1}.tell("0000000000000006") // which counts them too
-		eventually(t, fmt.Sprintf("exit %d is counted twice", k), func() bool { return counted(t, givenUp) == before+2*float64(k+1) })
 	}
 }

@@ -1,4 +1,4 @@
-package nodecache
+package peers
 
 import (
 	"encoding/json"
@@ -7,6 +7,9 @@ import (
 	"net"
 	"time"
 
+	"github.com/coredns/coredns/plugin"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promauto"
 	"golang.org/x/sys/unix"
 
 	"github.com/contentful-labs/coredns-nodecache/internal/sockets"
@@ -19,13 +22,48 @@ const lastWordsPrefix = "@nodecache/exits/"
 
 var lastWordsSockets = socketKind{unix.SOCK_DGRAM, 1<<unix.BPF_TCP_CLOSE | 1<<unix.BPF_TCP_ESTABLISHED, func(name string) bool { return hasID(name, lastWordsPrefix) }}
 
-// lastWords is how an exit went.
-type lastWords struct {
+// How an exit went.
+const (
+	drainComplete = "complete"
+	drainCutShort = "cut_short" // queries were given up
+)
+
+var (
+	drains = promauto.NewCounterVec(prometheus.CounterOpts{
+		Namespace: plugin.Namespace,
+		Subsystem: "nodecache",
+		Name:      "drains_total",
+		Help:      "Counter of exits on this node, of this process and of those that it has outlived.",
+	}, []string{"outcome"})
+	drainDuration = promauto.NewHistogram(prometheus.HistogramOpts{
+		Namespace: plugin.Namespace,
+		Subsystem: "nodecache",
+		Name:      "drain_duration_seconds",
+		Help:      "Histogram of how long these exits took until what had arrived was answered and what had to go was gone.",
+		Buckets:   []float64{.025, .05, .1, .25, .5, 1, 2.5, 5, 10, 20},
+	})
+	drainGivenUp = promauto.NewCounter(prometheus.CounterOpts{
+		Namespace: plugin.Namespace,
+		Subsystem: "nodecache",
+		Name:      "drain_queries_given_up_total",
+		Help:      "Counter of queries that these exits left without an answer.",
+	})
+)
+
+func init() {
+	// Present from the start, so that a rate over them sees the first exit.
+	for _, o := range []string{drainComplete, drainCutShort} {
+		drains.WithLabelValues(o)
+	}
+}
+
+// LastWords is how an exit went.
+type LastWords struct {
 	Seconds float64 `json:"seconds"`
 	GivenUp int64   `json:"givenUp"` // queries without an answer
 }
 
-func (w lastWords) count() {
+func (w LastWords) count() {
 	outcome := drainComplete
 	if w.GivenUp > 0 {
 		outcome = drainCutShort
@@ -35,8 +73,9 @@ func (w lastWords) count() {
 	drainGivenUp.Add(float64(w.GivenUp))
 }
 
-// hearLastWords counts the exits of others until the socket is closed.
-func hearLastWords(id string) (*net.UnixConn, error) {
+// HearLastWords counts the exits of others until the socket is closed.
+func (m *Member) HearLastWords() (*net.UnixConn, error) {
+	id := m.id()
 	c, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Net: "unixgram", Name: lastWordsPrefix + id})
 	if err != nil {
 		return nil, fmt.Errorf("listening on the unix socket %s%s: %w", lastWordsPrefix, id, err)
@@ -52,7 +91,7 @@ func hearLastWords(id string) (*net.UnixConn, error) {
 			if err != nil {
 				return
 			}
-			var w lastWords
+			var w LastWords
 			if trustSender(control[:nc]) && json.Unmarshal(b[:n], &w) == nil && w.Seconds >= 0 && w.GivenUp >= 0 {
 				w.count()
 			}
@@ -88,9 +127,9 @@ func trustSender(control []byte) bool {
 	return false
 }
 
-// tell counts w, and has the other processes on the node count it. Nothing depends
+// SayLastWords counts w, and has the other processes on the node count it. Nothing depends
 // on it, so nobody is waited for.
-func (w lastWords) tell(id string) {
+func (m *Member) SayLastWords(w LastWords) {
 	w.count()
 	list, err := listSockets(lastWordsSockets)
 	if err != nil {
@@ -98,14 +137,14 @@ func (w lastWords) tell(id string) {
 		return
 	}
 	for _, s := range list.trusted[:min(len(list.trusted), peerLimit)] {
-		if s.name != lastWordsPrefix+id {
+		if s.name != lastWordsPrefix+m.id() {
 			w.send(s.name)
 		}
 	}
 }
 
 // send sends w to the socket of a process.
-func (w lastWords) send(name string) {
+func (w LastWords) send(name string) {
 	b, err := json.Marshal(w)
 	if err != nil {
 		return

@@ -1,4 +1,4 @@
-package nodecache
+package peers
 
 import (
 	"bytes"
@@ -13,9 +13,9 @@ import (
 
 // What release 0.1.0 says is understood as it is.
 func TestPresenceOfOldRelease(t *testing.T) {
-	p, err := parsePresence([]byte(`{"links":{"nodelocaldns":["169.254.20.10","fd00:20::10"]},` +
-		`"rules":[{"addr":"169.254.20.10","proto":"udp","port":53},{"addr":"fd00:20::10","proto":"tcp","port":8080,"extra":true}],` +
-		`"serves":null,"leaving_links":{"nodelocaldns":["fd00:20::10"]},"leaving_rules":[{"addr":"169.254.20.10","proto":"udp","port":53}]}`))
+	p, err := parsePresence([]byte(`{"links":{"nodelocaldns":["169.254.20.10","fd00:20::10"]},`+
+		`"rules":[{"addr":"169.254.20.10","proto":"udp","port":53},{"addr":"fd00:20::10","proto":"tcp","port":8080,"extra":true}],`+
+		`"serves":null,"leaving_links":{"nodelocaldns":["fd00:20::10"]},"leaving_rules":[{"addr":"169.254.20.10","proto":"udp","port":53}]}`), badLink)
 	must(t, err)
 	got := fmt.Sprint(p.Version, p.Variant, p.Links, shown(p.Rules), p.Rules[1].Extra, p.Serves, p.LeavingLinks, shown(p.LeavingRules))
 	const want = "0map[nodelocaldns:[169.254.20.10 fd00:20::10]] [169.254.20.10:53/udp [fd00:20::10]:8080/tcp] true [] map[nodelocaldns:[fd00:20::10]] [169.254.20.10:53/udp]"
@@ -26,7 +26,7 @@ func TestPresenceOfOldRelease(t *testing.T) {
 
 // A release to come may say more, and have variants that this one does not know.
 func TestPresenceOfReleaseToCome(t *testing.T) {
-	p, err := parsePresence([]byte(`{"version":2,"variant":"iptables-ng","links":{"a":["10.0.0.9"]},"more":{"of":["this"]}}`))
+	p, err := parsePresence([]byte(`{"version":2,"variant":"iptables-ng","links":{"a":["10.0.0.9"]},"more":{"of":["this"]}}`), badLink)
 	must(t, err)
 	if p.Version != 2 || p.Variant != "" || len(p.Links) != 1 {
 		t.Errorf("understood is %+v", p)
@@ -51,7 +51,7 @@ func many(addresses int) presence {
 func TestPresenceBounds(t *testing.T) {
 	b, err := json.Marshal(many(1000))
 	must(t, err)
-	if _, err := parsePresence(b); err != nil {
+	if _, err := parsePresence(b, badLink); err != nil {
 		t.Errorf("1,000 addresses, %d bytes: %v", len(b), err)
 	}
 	for name, p := range map[string]presence{
@@ -61,22 +61,22 @@ func TestPresenceBounds(t *testing.T) {
 	} {
 		b, err := json.Marshal(p)
 		must(t, err)
-		_, err = parsePresence(b)
+		_, err = parsePresence(b, badLink)
 		wantError(t, err, "can be shared with other processes")
 		// One's own too: the others would not understand it.
 		m := newMember()
 		wantError(t, m.show(p), "can be shared with other processes")
 		if m.listener != nil {
 			t.Errorf("too many %s are shown all the same", name)
-			m.hide()
+			m.Hide()
 		}
 	}
 	links := map[string][]netip.Addr{}
 	for i := range linkLimit + 1 {
 		links[fmt.Sprint("a", i)] = nil
 	}
-	wantError(t, presence{Links: links}.check(), "can be shared with other processes")
-	_, err = parsePresence([]byte("{}" + strings.Repeat(" ", answerLimit)))
+	wantError(t, presence{Links: links}.check(badLink), "can be shared with other processes")
+	_, err = parsePresence([]byte("{}"+strings.Repeat(" ", answerLimit)), badLink)
 	wantError(t, err, "bytes")
 }
 
@@ -94,7 +94,7 @@ func FuzzPresence(f *testing.F) {
 		f.Add([]byte(seed))
 	}
 	f.Fuzz(func(t *testing.T, b []byte) {
-		p, err := readPresence(bytes.NewReader(b))
+		p, err := readPresence(bytes.NewReader(b), badLink)
 		if err != nil {
 			if len(err.Error()) > 1000 || strings.ContainsAny(err.Error(), "\n\r\x00\x1b") {
 				t.Errorf("the error %q", err)
@@ -132,7 +132,7 @@ func FuzzPresence(f *testing.F) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		q, err := parsePresence(once)
+		q, err := parsePresence(once, badLink)
 		if err != nil {
 			t.Fatalf("can't be read again: %v", err)
 		}

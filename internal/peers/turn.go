@@ -1,4 +1,4 @@
-package nodecache
+package peers
 
 import (
 	"context"
@@ -19,8 +19,8 @@ var lockNames = []string{
 }
 
 const (
-	// turnLimit is how long to wait for the others to finish a change.
-	turnLimit = 10 * time.Second
+	// TurnLimit is how long to wait for the others to finish a change.
+	TurnLimit = 10 * time.Second
 	turnPoll  = 2 * time.Millisecond
 	// turnPollMost is what turnPoll grows to: each look lists the sockets of the node.
 	turnPollMost = 20 * time.Millisecond
@@ -28,7 +28,7 @@ const (
 
 var lockSockets = socketKind{unix.SOCK_STREAM, 1 << unix.BPF_TCP_LISTEN, func(name string) bool { return slices.Contains(lockNames, name) }}
 
-// turn waits, within a time, until no other process is changing the node's link or rules,
+// Turn waits, within a time, until no other process is changing the node's link or rules,
 // and returns what ends this process's turn. The kernel ends that of one that dies.
 //
 // Who listens on any of the names has the turn, or is about to look whether it has: it has
@@ -37,7 +37,7 @@ var lockSockets = socketKind{unix.SOCK_STREAM, 1 << unix.BPF_TCP_LISTEN, func(na
 // back and waits, and the one with the first name keeps it and waits only for who had a
 // turn before: so there is always one whose turn comes. As long as somebody is seen, nobody
 // else begins to listen. What strangers hold is passed over, and not even connected to.
-func turn(ctx context.Context, within time.Duration) (end func(), err error) {
+func Turn(ctx context.Context, within time.Duration) (end func(), err error) {
 	deadline := time.Now().Add(within)
 	mine := -1 // the name that l listens on
 	var l net.Listener

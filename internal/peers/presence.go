@@ -1,4 +1,4 @@
-package nodecache
+package peers
 
 import (
 	"encoding/json"
@@ -45,7 +45,7 @@ const (
 )
 
 // readPresence reads what a process answers, to the end.
-func readPresence(r io.Reader) (p presence, err error) {
+func readPresence(r io.Reader, badLink func(string) string) (p presence, err error) {
 	b, err := io.ReadAll(io.LimitReader(r, answerLimit+1))
 	if err != nil {
 		return p, err
@@ -53,7 +53,7 @@ func readPresence(r io.Reader) (p presence, err error) {
 	if len(b) == 0 {
 		return p, io.ErrUnexpectedEOF // it ends just now
 	}
-	p, err = parsePresence(b)
+	p, err = parsePresence(b, badLink)
 	if err != nil {
 		// The reason has words of the answer in it.
 		return p, garbledError(fmt.Sprintf("what it answers can't be understood: %.200q", err.Error()))
@@ -67,14 +67,14 @@ type garbledError string
 func (e garbledError) Error() string { return string(e) }
 
 // parsePresence takes nothing but what a process of this program can want.
-func parsePresence(b []byte) (p presence, err error) {
+func parsePresence(b []byte, badLink func(string) string) (p presence, err error) {
 	if len(b) > answerLimit {
 		return p, fmt.Errorf("more than %d bytes", answerLimit)
 	}
 	if err := json.Unmarshal(b, &p); err != nil {
 		return presence{}, err
 	}
-	if err := p.check(); err != nil {
+	if err := p.check(badLink); err != nil {
 		return presence{}, err
 	}
 	if p.Variant != "legacy" && p.Variant != "nf_tables" {
@@ -84,14 +84,14 @@ func parsePresence(b []byte) (p presence, err error) {
 }
 
 // check says what of p is out of bounds.
-func (p presence) check() error {
+func (p presence) check(badLink func(string) string) error {
 	if p.Version < 0 {
 		return fmt.Errorf("version %d", p.Version)
 	}
 	for _, links := range []map[string][]netip.Addr{p.Links, p.LeavingLinks} {
 		n := 0
 		for name, addrs := range links {
-			if why := badLinkName(name); why != "" {
+			if why := badLink(name); why != "" {
 				return fmt.Errorf("the interface %q: %s", name, why)
 			}
 			for _, a := range addrs {
@@ -129,11 +129,11 @@ func checkShown(a netip.Addr) error {
 	return nil
 }
 
-// shownState returns links and rules as a state.
-func shownState(links map[string][]netip.Addr, rules []shownEndpoint) desired.State {
+// state returns links and rules as a state.
+func (m *Member) state(links map[string][]netip.Addr, rules []shownEndpoint) desired.State {
 	s := desired.State{Links: links, Rules: map[string][]desired.Endpoint{}}
 	if len(rules) > 0 {
-		s.Rules[backendIPT] = shown(rules)
+		s.Rules[m.shared] = shown(rules)
 	}
 	return desired.State{}.Union(s) // a copy, which can be sorted
 }

@@ -1,4 +1,4 @@
-package nodecache
+package peers
 
 import (
 	"errors"
@@ -52,10 +52,10 @@ func TestLastWordsOfASilentMemberCount(t *testing.T) {
 	const short = 50 * time.Millisecond
 	ask := func(within time.Duration, unknown bool, want string) {
 		t.Helper()
-		o, err := m.ask(within)
+		o, err := m.Ask(within)
 		must(t, err)
-		if got := fmt.Sprint(o.wants.Links, len(o.serves), o.states); got != want || o.unknown != unknown {
-			t.Errorf("got %s, unknown %v; want %s", got, o.unknown, want)
+		if got := fmt.Sprint(o.Wants.Links, len(o.Serves), o.States); got != want || o.Unknown != unknown {
+			t.Errorf("got %s, unknown %v; want %s", got, o.Unknown, want)
 		}
 	}
 	ask(short, true, "map[] 0 map[silent:1]")
@@ -63,13 +63,13 @@ func TestLastWordsOfASilentMemberCount(t *testing.T) {
 		return fmt.Sprintf(`{"links":{"a":[%q]},"serves":[{"addr":%q,"proto":"udp","port":53}]}`, addr, addr)
 	}
 	say.Store(said("10.0.0.9"))
-	ask(askLimit, false, "map[a:[10.0.0.9]] 1 map[serving:1]")
+	ask(AskLimit, false, "map[a:[10.0.0.9]] 1 map[serving:1]")
 	say.Store("")
 	ask(short, false, "map[a:[10.0.0.9]] 0 map[silent:1]")
 	say.Store("{]")
-	ask(askLimit, false, "map[a:[10.0.0.9]] 0 map[silent:1]")
+	ask(AskLimit, false, "map[a:[10.0.0.9]] 0 map[silent:1]")
 	say.Store(said("10.0.0.8"))
-	ask(askLimit, false, "map[a:[10.0.0.8]] 1 map[serving:1]")
+	ask(AskLimit, false, "map[a:[10.0.0.8]] 1 map[serving:1]")
 	if len(m.heard) != 1 {
 		t.Errorf("remembered are %v", m.heard)
 	}
@@ -81,12 +81,12 @@ func TestWhoIsGoneIsForgotten(t *testing.T) {
 	t.Run("there", func(t *testing.T) {
 		saying(t, memberNamed(1)).Store("{}")
 		saying(t, memberNamed(2)).Store("{]")
-		if o, err := m.ask(askLimit); err != nil || !o.unknown || len(m.heard) != 1 || len(m.told) != 1 {
-			t.Errorf("unknown %v, error %v, remembered are %v and %v", o.unknown, err, m.heard, m.told)
+		if o, err := m.Ask(AskLimit); err != nil || !o.Unknown || len(m.heard) != 1 || len(m.told) != 1 {
+			t.Errorf("unknown %v, error %v, remembered are %v and %v", o.Unknown, err, m.heard, m.told)
 		}
 	})
-	if o, err := m.ask(askLimit); err != nil || o.unknown || len(m.heard)+len(m.told) > 0 {
-		t.Errorf("unknown %v, error %v, remembered are %v and %v", o.unknown, err, m.heard, m.told)
+	if o, err := m.Ask(AskLimit); err != nil || o.Unknown || len(m.heard)+len(m.told) > 0 {
+		t.Errorf("unknown %v, error %v, remembered are %v and %v", o.Unknown, err, m.heard, m.told)
 	}
 }
 
@@ -110,10 +110,10 @@ func TestMembersAreAskedAtOnce(t *testing.T) {
 			io.WriteString(c, "{}")
 		}()
 	}
-	o, err := newMember().ask(10 * time.Second)
+	o, err := newMember().Ask(10 * time.Second)
 	must(t, err)
-	if o.unknown || o.states[processIdle] != peerLimit {
-		t.Errorf("found are %v, unknown %v", o.states, o.unknown)
+	if o.Unknown || o.States[Idle] != peerLimit {
+		t.Errorf("found are %v, unknown %v", o.States, o.Unknown)
 	}
 }
 
@@ -122,15 +122,15 @@ func TestNumberOfMembersIsBounded(t *testing.T) {
 	needRoot(t)
 	m := newMember()
 	saying(t, memberNamed(100)).Store(`{"links":{"a":["10.0.0.9"]}}`)
-	_, err := m.ask(askLimit)
+	_, err := m.Ask(AskLimit)
 	must(t, err)
 	for i := range peerLimit {
 		saying(t, memberNamed(i)).Store("{}")
 	}
-	o, err := m.ask(askLimit)
+	o, err := m.Ask(AskLimit)
 	must(t, err)
-	if !o.unknown || o.states[processIdle] != peerLimit || len(o.wants.Links) != 1 {
-		t.Errorf("found are %v, %v, unknown %v", o.states, o.wants, o.unknown)
+	if !o.Unknown || o.States[Idle] != peerLimit || len(o.Wants.Links) != 1 {
+		t.Errorf("found are %v, %v, unknown %v", o.States, o.Wants, o.Unknown)
 	}
 }
 
@@ -138,8 +138,8 @@ func TestNumberOfMembersIsBounded(t *testing.T) {
 func TestRulesInAnotherVariantAreOthers(t *testing.T) {
 	needRoot(t)
 	a, b := newMember(), newMember()
-	defer a.hide()
-	defer b.hide()
+	defer a.Hide()
+	defer b.Hide()
 	for _, c := range []struct {
 		own, other string
 		counts     bool
@@ -151,12 +151,12 @@ func TestRulesInAnotherVariantAreOthers(t *testing.T) {
 			Variant: c.other, Links: map[string][]netip.Addr{testLink: addrs("10.0.0.9")},
 			Rules: show(dnsOn("10.0.0.9")), LeavingRules: show(dnsOn("10.0.0.9")), Serves: show(dnsOn("10.0.0.9")),
 		}))
-		o, err := a.ask(askLimit)
+		o, err := a.Ask(AskLimit)
 		must(t, err)
-		if got := len(o.wants.Rules) > 0 && len(o.leaving.Rules) > 0; got != c.counts || got != (len(o.wants.Rules)+len(o.leaving.Rules) > 0) {
-			t.Errorf("own variant %q, the other's %q: rules wanted %v, left %v", c.own, c.other, o.wants.Rules, o.leaving.Rules)
+		if got := len(o.Wants.Rules) > 0 && len(o.Leaving.Rules) > 0; got != c.counts || got != (len(o.Wants.Rules)+len(o.Leaving.Rules) > 0) {
+			t.Errorf("own variant %q, the other's %q: rules wanted %v, left %v", c.own, c.other, o.Wants.Rules, o.Leaving.Rules)
 		}
-		if len(o.wants.Links) != 1 || len(o.serves) != 2 || !o.variants[c.other] || len(o.variants) != 1 {
+		if len(o.Wants.Links) != 1 || len(o.Serves) != 2 || !o.Variants[c.other] || len(o.Variants) != 1 {
 			t.Errorf("own variant %q, the other's %q: %+v", c.own, c.other, o)
 		}
 	}
@@ -166,17 +166,17 @@ func TestRulesInAnotherVariantAreOthers(t *testing.T) {
 func TestSlowReadersKeepNobodyWaiting(t *testing.T) {
 	needRoot(t)
 	m, twin := newMember(), newMember()
-	defer m.hide()
+	defer m.Hide()
 	must(t, m.show(many(1000)))
 	for range answersAtOnce / 2 {
 		c, err := net.Dial("unix", m.name)
 		must(t, err)
 		defer c.Close()
 	}
-	o, err := twin.ask(askLimit)
+	o, err := twin.Ask(AskLimit)
 	must(t, err)
-	if o.unknown || len(o.wants.Rules[backendIPT]) != 4000 {
-		t.Errorf("unknown %v, %d rules", o.unknown, len(o.wants.Rules[backendIPT]))
+	if o.Unknown || len(o.Wants.Rules[testShared]) != 4000 {
+		t.Errorf("unknown %v, %d rules", o.Unknown, len(o.Wants.Rules[testShared]))
 	}
 }
 
@@ -184,7 +184,7 @@ func TestSlowReadersKeepNobodyWaiting(t *testing.T) {
 func TestStrangersAreNotAnswered(t *testing.T) {
 	needRoot(t)
 	m := newMember()
-	defer m.hide()
+	defer m.Hide()
 	must(t, m.show(many(1000)))
 	as(t, 65534, func() {
 		c, err := net.Dial("unix", m.name)
@@ -221,7 +221,7 @@ func TestRefusedConnectionNamesTheRemedy(t *testing.T) {
 			return
 		}
 		unix.Close(int(fd))
-		_, err := askOne(memberNamed(1), time.Now().Add(askLimit))
+		_, err := newMember().askOne(memberNamed(1), time.Now().Add(AskLimit))
 		done <- err
 	}()
 	err := <-done
