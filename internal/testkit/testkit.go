@@ -263,17 +263,3 @@ func Link(t testing.TB, name string, on ...string) {
 		Must(t, netlink.AddrAdd(l, a))
 	}
 }
-
-// Counted is the value of a counter without labels.
-func Counted(t testing.TB, name string) float64 {
-	t.Helper()
-	families, err := prometheus.DefaultGatherer.Gather()
-	Must(t, err)
-	for _, f := range families {
-		if f.GetName() == name {
-			return f.GetMetric()[0].GetCounter().GetValue()
-		}
-	}
-	t.Fatalf("no counter %s", name)
-	return 0
-}
