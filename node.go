@@ -18,6 +18,8 @@ import (
 
 	"github.com/contentful-labs/coredns-nodecache/internal/desired"
 
+	"github.com/contentful-labs/coredns-nodecache/internal/doctor"
+	"github.com/contentful-labs/coredns-nodecache/internal/nodelinks"
 	"github.com/contentful-labs/coredns-nodecache/internal/sockets"
 )
 
@@ -105,6 +107,7 @@ type node struct {
 	exits     *net.UnixConn   // where other processes tell of theirs
 	syncTick  *time.Ticker
 	syncEvery time.Duration
+	doctor    *doctor.Doctor
 	// examineTick has the node looked at for faults.
 	examineTick *time.Ticker
 }
@@ -123,6 +126,7 @@ func newNode() *node {
 		firewalls: map[string]firewall{},
 		faulty:    map[string]bool{},
 		syncTick:  time.NewTicker(defaultSync),
+		doctor:    doctor.New(doctor.Common),
 
 		examineTick: time.NewTicker(examineEvery),
 	}
@@ -404,7 +408,7 @@ func (n *node) undo(was desired.State, added made) error {
 	defer func() { n.deadline = time.Time{} }()
 	errs := []error{n.rules(was)}
 	for i, addrs := range added {
-		l, err := linkByName(i.name)
+		l, err := nodelinks.ByName(i.name)
 		switch {
 		case err != nil:
 			errs = append(errs, err)
@@ -432,7 +436,7 @@ func (n *node) ensure(want desired.State) (missing map[string]int, err error) {
 		if n.netifs[name] == nil {
 			n.netifs[name] = &netif{name: name}
 		}
-		l, err := linkByName(name)
+		l, err := nodelinks.ByName(name)
 		if err == nil && l == nil {
 			missing[objectLink]++
 		}
@@ -553,7 +557,7 @@ func (n *node) prune(want desired.State) error {
 func (n *node) pruneAlone() error {
 	var errs []error
 	for name, addrs := range n.alone.Links {
-		l, err := linkByName(name)
+		l, err := nodelinks.ByName(name)
 		if i := n.netifs[name]; err == nil && l != nil && i != nil {
 			if err = i.remove(l, addrs); err == nil {
 				err = i.removeBare(l)

@@ -27,7 +27,8 @@
 // members.go shows this process to the others on the node and ask.go asks them, turn.go has
 // one change the node at a time, watch.go knows of what the kernel reports, ports.go,
 // holders.go and sockets.go of who listens, otherports.go and lateports.go of what other
-// plugins listen on, drain.go and abandon.go of how to leave. fastpath.go
+// plugins listen on, drain.go and abandon.go of how to leave. examine.go has
+// internal/doctor look for what commonly goes wrong on a node. fastpath.go
 // answers repeated questions from fastcache.go's table, which is good for as long as
 // fastitem.go knows that the cache plugin would answer the same.
 package nodecache
