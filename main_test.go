@@ -26,8 +26,6 @@ var (
 	serveOn    = testkit.ServeOn
 	dialUDP    = testkit.DialUDP
 	dnsOn      = testkit.DNSOn
-	handOver   = testkit.HandOver
-	reuseport  = testkit.ReusePort
 )
 
 type socket = testkit.Socket
