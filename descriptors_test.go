@@ -9,6 +9,8 @@ import (
 	"github.com/google/nftables"
 	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sys/unix"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/doctor"
 )
 
 // exported returns the value of a metric of ours without labels.
@@ -59,7 +61,7 @@ func TestNFTWithManyDescriptorsOpen(t *testing.T) {
 		remove(t, fw)
 	}
 	must(t, removeFromNFT(ipv4))
-	newNode().examine(site{untracked: es}, false)
+	doctor.New(doctor.Common).Examine(doctor.Site{Untracked: es}, false)
 	if after := exported(t, "look_panics_total"); after != before {
 		t.Errorf("%v looks panicked", after-before)
 	}

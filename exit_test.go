@@ -17,10 +17,10 @@ func TestExitAfterLongLameduckAnswersWhatHasArrived(t *testing.T) {
 	up(t, n, demand(t, "", "", "169.254.20.10"))
 	must(t, n.do(func() error { n.exitBegan = time.Now().Add(-2 * exitLimit); return nil }))
 	open := n.answering.Begin()
-	before := metric(t, "coredns_nodecache_drains_total", drainCutShort)
+	before := metric(t, "coredns_nodecache_drains_total", "cut_short")
 	time.AfterFunc(100*time.Millisecond, func() { open.Add(-1) })
 	n.exit()
-	if after := metric(t, "coredns_nodecache_drains_total", drainCutShort); after != before {
+	if after := metric(t, "coredns_nodecache_drains_total", "cut_short"); after != before {
 		t.Error("the query was given up")
 	}
 }

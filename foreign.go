@@ -3,8 +3,11 @@ package nodecache
 import (
 	"fmt"
 	"net/netip"
+	"strings"
 
 	"github.com/vishvananda/netlink"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/nodelinks"
 )
 
 // linkAlias is on a link that some process of ours has made.
@@ -20,11 +23,11 @@ func mark(l netlink.Link) {
 // process has (inUse), or what one has left: killed, or for want of being empty. Such a link
 // has our mark, or, of release 0.1.0, no foreign address.
 func checkLink(name string, inUse bool) error {
-	l, err := linkByName(name)
+	l, err := nodelinks.ByName(name)
 	if err != nil || l == nil {
 		return err
 	}
-	if _, err = linkKind(l); err != nil || inUse || l.Attrs().Alias == linkAlias {
+	if _, err = nodelinks.Kind(l); err != nil || inUse || l.Attrs().Alias == linkAlias {
 		return err
 	}
 	others, err := foreignAddrs(l)
@@ -37,7 +40,7 @@ func checkLink(name string, inUse bool) error {
 // foreignAddrs returns the addresses on the link l that only somebody else can have put
 // there: those with another prefix than ours, less what the kernel gives each link.
 func foreignAddrs(l netlink.Link) (others []netip.Prefix, err error) {
-	list, err := dumped(func() ([]netlink.Addr, error) { return netlink.AddrList(l, netlink.FAMILY_ALL) })
+	list, err := nodelinks.Dumped(func() ([]netlink.Addr, error) { return netlink.AddrList(l, netlink.FAMILY_ALL) })
 	if err != nil {
 		return nil, fmt.Errorf("listing the addresses of %s: %w", l.Attrs().Name, err)
 	}
@@ -48,4 +51,12 @@ func foreignAddrs(l netlink.Link) (others []netip.Prefix, err error) {
 		}
 	}
 	return others, nil
+}
+
+func join[T fmt.Stringer](vs []T) string {
+	var ss []string
+	for _, v := range vs {
+		ss = append(ss, v.String())
+	}
+	return strings.Join(ss, ", ")
 }

@@ -4,12 +4,14 @@ import (
 	"testing"
 
 	"github.com/vishvananda/netlink"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/nodelinks"
 )
 
 // A link with somebody else's address, such as a VPN's, is not taken.
 func TestLinkWithForeignAddressIsRefused(t *testing.T) {
 	newTestLink(t, "169.254.20.10", "fd00:20::10")
-	l, err := linkByName(testLink)
+	l, err := nodelinks.ByName(testLink)
 	must(t, err)
 	if l.Attrs().Alias != "nodecache" {
 		t.Errorf("the link has the mark %q", l.Attrs().Alias)
@@ -55,7 +57,7 @@ func TestForeignAddressKeepsItsLink(t *testing.T) {
 	must(t, n.prune(nil))
 	wantCarried(t, testLink, "10.77.0.1", "fd00:77::1")
 	must(t, n.prune(nil)) // again
-	l, err := linkByName(testLink)
+	l, err := nodelinks.ByName(testLink)
 	must(t, err)
 	for _, address := range []string{"10.77.0.1/24", "fd00:77::1/64"} {
 		a, err := netlink.ParseAddr(address)
@@ -63,7 +65,7 @@ func TestForeignAddressKeepsItsLink(t *testing.T) {
 		must(t, netlink.AddrDel(l, a))
 	}
 	must(t, n.prune(nil))
-	if l, err := linkByName(testLink); err != nil || l != nil {
+	if l, err := nodelinks.ByName(testLink); err != nil || l != nil {
 		t.Errorf("the link %v is left, error %v", l, err)
 	}
 }

@@ -58,6 +58,10 @@ func (x *xtables) know(ctx context.Context) error {
 	}
 	ipt, err := goiptables.New(goiptables.IPFamily(proto), goiptables.Path(x.program("")))
 	if err != nil {
+		// It does not say what the program has said.
+		if _, e := x.run(ctx, x.program(""), nil, "--version"); e != nil {
+			return e
+		}
 		return setupError(errFirewall, fmt.Errorf("running %s: %w", x.program(""), err))
 	}
 	variant, err := x.mode(ctx, ipt)

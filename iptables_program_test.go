@@ -126,7 +126,7 @@ func TestErrorIsNotTakenForMissingMatch(t *testing.T) {
 		wantError(t, err, "running iptables-save -t raw: exit status 3: no such table")
 		v.script(t, "iptables", "exit 1")
 		_, err = newIPTables(nil).ensure(t.Context(), dnsOn("169.254.20.10"), standing{})
-		wantError(t, err, "running iptables: could not get iptables version: exit status 1")
+		wantError(t, err, "running iptables --version: exit status 1")
 	})
 }
 

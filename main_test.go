@@ -13,6 +13,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/vishvananda/netlink"
 
+	"github.com/contentful-labs/coredns-nodecache/internal/nodelinks"
 	"github.com/contentful-labs/coredns-nodecache/internal/testkit"
 )
 
@@ -25,9 +26,6 @@ var (
 	serveOn    = testkit.ServeOn
 	dialUDP    = testkit.DialUDP
 	dnsOn      = testkit.DNSOn
-	handOver   = testkit.HandOver
-	reuseport  = testkit.ReusePort
-	counted    = testkit.Counted
 )
 
 type socket = testkit.Socket
@@ -47,11 +45,11 @@ func addrs(list ...string) (as []netip.Addr) {
 // addresses, with the state of IPv6 addresses.
 func links(t testing.TB) []string {
 	t.Helper()
-	ls, err := dumped(netlink.LinkList)
+	ls, err := nodelinks.Dumped(netlink.LinkList)
 	must(t, err)
 	var out []string
 	for _, l := range ls {
-		as, err := dumped(func() ([]netlink.Addr, error) { return netlink.AddrList(l, netlink.FAMILY_ALL) })
+		as, err := nodelinks.Dumped(func() ([]netlink.Addr, error) { return netlink.AddrList(l, netlink.FAMILY_ALL) })
 		must(t, err)
 		line := l.Attrs().Name + " " + l.Type()
 		var on []string
@@ -68,12 +66,12 @@ func links(t testing.TB) []string {
 // carried returns the addresses on the link, or nil where there is no such link.
 func carried(t testing.TB, name string) []netip.Addr {
 	t.Helper()
-	l, err := linkByName(name)
+	l, err := nodelinks.ByName(name)
 	must(t, err)
 	if l == nil {
 		return nil
 	}
-	as, err := dumped(func() ([]netlink.Addr, error) { return netlink.AddrList(l, netlink.FAMILY_ALL) })
+	as, err := nodelinks.Dumped(func() ([]netlink.Addr, error) { return netlink.AddrList(l, netlink.FAMILY_ALL) })
 	must(t, err)
 	out := []netip.Addr{}
 	for _, a := range as {
@@ -87,7 +85,7 @@ func carried(t testing.TB, name string) []netip.Addr {
 // removeLink takes a link away, if it is there.
 func removeLink(t testing.TB, name string) {
 	t.Helper()
-	if l, err := linkByName(name); err == nil && l != nil {
+	if l, err := nodelinks.ByName(name); err == nil && l != nil {
 		must(t, netlink.LinkDel(l))
 	}
 }

@@ -11,6 +11,7 @@ import (
 
 	"github.com/contentful-labs/coredns-nodecache/internal/desired"
 
+	"github.com/contentful-labs/coredns-nodecache/internal/nodelinks"
 	"github.com/contentful-labs/coredns-nodecache/internal/outlive"
 	"github.com/contentful-labs/coredns-nodecache/internal/peers"
 )
@@ -74,12 +75,6 @@ var (
 		Name:      "sync_interval_seconds",
 		Help:      "Gauge of the seconds between two checks.",
 	})
-	nodeFaults = promauto.NewGaugeVec(prometheus.GaugeOpts{
-		Namespace: plugin.Namespace,
-		Subsystem: directiveName,
-		Name:      "node_faults",
-		Help:      "Gauge of what was found wrong with the node the last time it was looked at, each of which the log explains.",
-	}, []string{"fault"})
 	_ = promauto.NewGaugeFunc(prometheus.GaugeOpts{
 		Namespace: plugin.Namespace,
 		Subsystem: directiveName,
@@ -113,9 +108,6 @@ func init() {
 	for _, s := range []string{peers.Serving, peers.Idle, peers.Silent} {
 		processes.WithLabelValues(s)
 	}
-	for _, f := range faults {
-		nodeFaults.WithLabelValues(f.name)
-	}
 	info.WithLabelValues(Version, "none", "none")
 	for _, t := range []string{errFirewall, errFirewallLock, errInterfaceAdd, errInterfaceCheck} {
 		setupErrors.WithLabelValues(t)
@@ -135,11 +127,11 @@ func (n *node) observe() {
 	for name, want := range n.want.Links {
 		links++
 		addrs += len(want)
-		l, err := linkByName(name)
+		l, err := nodelinks.ByName(name)
 		if err != nil || l == nil || n.netifs[name] == nil {
 			continue
 		}
-		if _, err := linkKind(l); err != nil {
+		if _, err := nodelinks.Kind(l); err != nil {
 			continue // another link in our place
 		}
 		inPlaceLinks++

@@ -12,72 +12,9 @@ import (
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/nodelinks"
 )
-
-// ipvsLink is where kube-proxy in IPVS mode puts the ClusterIPs.
-const ipvsLink = "kube-ipvs0"
-
-// dumped repeats a netlink dump that the kernel says was interrupted by a
-// change: what it returned then is only a part.
-func dumped[T any](dump func() (T, error)) (T, error) {
-	for range 10 {
-		v, err := dump()
-		if !errors.Is(err, netlink.ErrDumpInterrupted) {
-			return v, err
-		}
-	}
-	return dump()
-}
-
-// linkByName returns nil without an error where there is no such link.
-func linkByName(name string) (netlink.Link, error) {
-	l, err := dumped(func() (netlink.Link, error) { return netlink.LinkByName(name) })
-	if errors.As(err, new(netlink.LinkNotFoundError)) {
-		return nil, nil
-	}
-	if err != nil {
-		return nil, fmt.Errorf("looking for the link %s: %w", name, err)
-	}
-	return l, nil
-}
-
-// linkKind returns "dummy" or "tun" for a link that can carry our addresses, and
-// an error that says what it is otherwise.
-func linkKind(l netlink.Link) (string, error) {
-	if t, ok := l.(*netlink.Tuntap); ok && t.Mode != netlink.TUNTAP_MODE_TAP {
-		if t.NonPersist { // it goes when its program does; ours has none
-			return "", errors.New("a link of this name exists and belongs to a running program: name another interface")
-		}
-		return "tun", nil
-	}
-	if l.Type() == "dummy" {
-		return "dummy", nil
-	}
-	return "", fmt.Errorf("a link of this name exists and is of the type %s, not dummy: remove it or name another interface", l.Type())
-}
-
-// addressCarriers returns the names of the links that carry each address.
-func addressCarriers() (map[netip.Addr][]string, error) {
-	links, err := dumped(netlink.LinkList)
-	if err != nil {
-		return nil, fmt.Errorf("listing links: %w", err)
-	}
-	names := map[int]string{}
-	for _, l := range links {
-		names[l.Attrs().Index] = l.Attrs().Name
-	}
-	addrs, err := dumped(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_ALL) })
-	if err != nil {
-		return nil, fmt.Errorf("listing addresses: %w", err)
-	}
-	carriers := map[netip.Addr][]string{}
-	for _, a := range addrs {
-		if ip, ok := netip.AddrFromSlice(a.IP); ok {
-			carriers[ip.Unmap()] = append(carriers[ip.Unmap()], names[a.LinkIndex])
-		}
-	}
-	return carriers, nil
-}
 
 // netif is the interface that carries our addresses: a dummy, or a TUN device
 // where the kernel has no dummy driver (those of micro-VMs).
@@ -91,7 +28,7 @@ type netif struct {
 
 // ensureLink makes the link, or adopts the one that is there.
 func (n *netif) ensureLink() (netlink.Link, error) {
-	l, err := linkByName(n.name)
+	l, err := nodelinks.ByName(n.name)
 	if err != nil {
 		return nil, setupError(errInterfaceCheck, err)
 	}
@@ -102,7 +39,7 @@ func (n *netif) ensureLink() (netlink.Link, error) {
 		if err := n.add(); err != nil {
 			return nil, setupError(errInterfaceAdd, err)
 		}
-		if l, err = linkByName(n.name); err != nil || l == nil {
+		if l, err = nodelinks.ByName(n.name); err != nil || l == nil {
 			return nil, setupError(errInterfaceCheck, fmt.Errorf("looking for the link %s that was just made: %w", n.name, cmpErr(err, "it is gone")))
 		}
 		n.made = true
@@ -112,7 +49,7 @@ func (n *netif) ensureLink() (netlink.Link, error) {
 		}
 		mark(l)
 	}
-	if n.kind, err = linkKind(l); err != nil {
+	if n.kind, err = nodelinks.Kind(l); err != nil {
 		return nil, setupError(errInterfaceCheck, fmt.Errorf("interface %s: %w", n.name, err))
 	}
 	n.index = l.Attrs().Index
@@ -125,7 +62,7 @@ func (n *netif) renamed() netlink.Link {
 	if n.index == 0 || err != nil {
 		return nil
 	}
-	if _, err := linkKind(l); err != nil {
+	if _, err := nodelinks.Kind(l); err != nil {
 		return nil // the number stands for another link by now
 	}
 	// Kernels before 6.3 rename no link that is up. ensure sets it up again.
@@ -133,7 +70,7 @@ func (n *netif) renamed() netlink.Link {
 		log.Warningf("giving the link %s its name %s back: %v; making another", l.Attrs().Name, n.name, err)
 		return nil
 	}
-	if l, err = linkByName(n.name); err != nil {
+	if l, err = nodelinks.ByName(n.name); err != nil {
 		return nil
 	}
 	return l
@@ -222,11 +159,11 @@ func makeLocal(l netlink.Link, a netip.Addr) error {
 // prune takes every address of ours but addrs from the link, and the link away if none
 // is left to carry.
 func (n *netif) prune(addrs []netip.Addr) error {
-	l, err := linkByName(n.name)
+	l, err := nodelinks.ByName(n.name)
 	if err != nil || l == nil {
 		return err
 	}
-	if _, err := linkKind(l); err != nil {
+	if _, err := nodelinks.Kind(l); err != nil {
 		return nil // somebody has put another link in our place: not ours
 	}
 	others, err := foreignAddrs(l)
@@ -286,7 +223,7 @@ func (n *netif) remove(l netlink.Link, addrs []netip.Addr) error {
 // addrs returns the addresses on the link l, less those with another prefix
 // than ours, which only somebody else can have put there.
 func (n *netif) addrs(l netlink.Link) ([]netip.Addr, error) {
-	list, err := dumped(func() ([]netlink.Addr, error) { return netlink.AddrList(l, netlink.FAMILY_ALL) })
+	list, err := nodelinks.Dumped(func() ([]netlink.Addr, error) { return netlink.AddrList(l, netlink.FAMILY_ALL) })
 	if err != nil {
 		return nil, fmt.Errorf("listing the addresses of %s: %w", n.name, err)
 	}
@@ -320,7 +257,7 @@ func (n *netif) unprefer(addrs []netip.Addr) {
 // prefer takes unprefer back.
 func (n *netif) prefer(addrs []netip.Addr) {
 	for _, a := range addrs {
-		if l, err := linkByName(n.name); err == nil && l != nil && a.Is6() {
+		if l, err := nodelinks.ByName(n.name); err == nil && l != nil && a.Is6() {
 			if has, err := metrics(localRoute(l, a)); err != nil || slices.Contains(has, 0) {
 				continue // the kernel's own
 			}
@@ -331,7 +268,7 @@ func (n *netif) prefer(addrs []netip.Addr) {
 
 // sendFrom has the node's own programs send to a, an address of this link, from src.
 func (n *netif) sendFrom(a netip.Addr, src net.IP) {
-	l, err := linkByName(n.name)
+	l, err := nodelinks.ByName(n.name)
 	if err != nil || l == nil {
 		return
 	}

@@ -2,7 +2,6 @@ package nodecache
 
 import (
 	"errors"
-	"fmt"
 	"net"
 	"net/netip"
 	"slices"
@@ -11,6 +10,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/nodelinks"
 )
 
 const testLink = "nctest0"
@@ -50,7 +51,7 @@ func TestEnsureMakesLinkWithAddresses(t *testing.T) {
 		t.Errorf("made is %v and kind %q", n.made, n.kind)
 	}
 	wantCarried(t, testLink, "169.254.20.10", "10.96.0.10")
-	l, err := linkByName(testLink)
+	l, err := nodelinks.ByName(testLink)
 	must(t, err)
 	list, err := netlink.AddrList(l, netlink.FAMILY_V4)
 	must(t, err)
@@ -71,7 +72,7 @@ func TestEnsureMakesLinkWithAddresses(t *testing.T) {
 func TestIPv6AddressIsUsableAtOnce(t *testing.T) {
 	newTestLink(t, "fd00:20::10", "169.254.20.10")
 	wantCarried(t, testLink, "169.254.20.10", "fd00:20::10") // and no generated fe80::
-	l, err := linkByName(testLink)
+	l, err := nodelinks.ByName(testLink)
 	must(t, err)
 	if l.Attrs().RawFlags&syscall.IFF_UP == 0 {
 		t.Error("the link is down, and IPv6 does not answer then")
@@ -110,7 +111,7 @@ func TestIPv6AddressIsLocalAtOnce(t *testing.T) {
 		}
 	}
 	must(t, n.prune(addrs("fd00:20::10")))
-	l, err := linkByName(n.name)
+	l, err := nodelinks.ByName(n.name)
 	must(t, err)
 	for _, a := range added {
 		if has, err := metrics(localRoute(l, a)); err != nil || len(has) > 0 {
@@ -121,7 +122,7 @@ func TestIPv6AddressIsLocalAtOnce(t *testing.T) {
 
 func TestEnsureAdoptsLinkAndAddsMissingAddress(t *testing.T) {
 	newTestLink(t, "169.254.20.10", "10.96.0.10")
-	before, err := linkByName(testLink)
+	before, err := nodelinks.ByName(testLink)
 	must(t, err)
 
 	n := &netif{name: testLink}
@@ -133,7 +134,7 @@ func TestEnsureAdoptsLinkAndAddsMissingAddress(t *testing.T) {
 	if want := addrs("fd00:20::10"); !slices.Equal(missing, want) {
 		t.Errorf("missing were %v, want %v", missing, want)
 	}
-	after, err := linkByName(testLink)
+	after, err := nodelinks.ByName(testLink)
 	must(t, err)
 	if before.Attrs().Index != after.Attrs().Index {
 		t.Error("the link is another one")
@@ -167,7 +168,7 @@ func TestPruneOfEverythingRemovesLink(t *testing.T) {
 
 func TestRemoveOfAddressThatIsGone(t *testing.T) {
 	n := newTestLink(t, "169.254.20.10")
-	l, err := linkByName(testLink)
+	l, err := nodelinks.ByName(testLink)
 	must(t, err)
 	must(t, n.remove(l, addrs("10.96.0.10", "169.254.20.10")))
 	wantCarried(t, testLink)
@@ -175,13 +176,13 @@ func TestRemoveOfAddressThatIsGone(t *testing.T) {
 
 func TestEnsureSetsLinkUpAgain(t *testing.T) {
 	n := newTestLink(t, "fd00:20::10")
-	l, err := linkByName(testLink)
+	l, err := nodelinks.ByName(testLink)
 	must(t, err)
 	must(t, netlink.LinkSetDown(l)) // the kernel takes the IPv6 addresses away then
 	_, err = n.ensure(addrs("fd00:20::10"))
 	must(t, err)
 	wantCarried(t, testLink, "fd00:20::10")
-	l, err = linkByName(testLink)
+	l, err = nodelinks.ByName(testLink)
 	must(t, err)
 	if l.Attrs().RawFlags&syscall.IFF_UP == 0 {
 		t.Error("the link is still down")
@@ -190,7 +191,7 @@ func TestEnsureSetsLinkUpAgain(t *testing.T) {
 
 func TestEnsureGivesRenamedLinkItsNameBack(t *testing.T) {
 	n := newTestLink(t, "169.254.20.10", "fd00:20::10")
-	l, err := linkByName(testLink)
+	l, err := nodelinks.ByName(testLink)
 	must(t, err)
 	must(t, netlink.LinkSetDown(l))
 	must(t, netlink.LinkSetName(l, "nctest9"))
@@ -198,7 +199,7 @@ func TestEnsureGivesRenamedLinkItsNameBack(t *testing.T) {
 	_, err = n.ensure(addrs("169.254.20.10", "fd00:20::10"))
 	must(t, err)
 	wantCarried(t, testLink, "169.254.20.10", "fd00:20::10")
-	again, err := linkByName(testLink)
+	again, err := nodelinks.ByName(testLink)
 	must(t, err)
 	if again.Attrs().Index != l.Attrs().Index {
 		t.Error("the link is another one")
@@ -279,53 +280,11 @@ func TestIPv6SwitchedOffIsNamed(t *testing.T) {
 	}
 }
 
-func TestAddressCarriersNamesAllLinks(t *testing.T) {
-	newTestLink(t, "169.254.20.10", "fd00:20::10")
-	addAddr(t, "lo", "169.254.20.10/32")
-	defer delAddr(t, "lo", "169.254.20.10/32")
-	carriers, err := addressCarriers()
-	must(t, err)
-	got := carriers[addr("169.254.20.10")]
-	slices.Sort(got)
-	if want := []string{"lo", testLink}; !slices.Equal(got, want) {
-		t.Errorf("169.254.20.10 is carried by %v, want %v", got, want)
-	}
-	if got := carriers[addr("fd00:20::10")]; !slices.Equal(got, []string{testLink}) {
-		t.Errorf("fd00:20::10 is carried by %v", got)
-	}
-	if got := carriers[addr("127.0.0.1")]; !slices.Equal(got, []string{"lo"}) {
-		t.Errorf("127.0.0.1 is carried by %v", got)
-	}
-}
-
-func TestInterruptedDumpIsRepeated(t *testing.T) {
-	for _, test := range []struct {
-		fails, calls int
-		err          error
-	}{{0, 1, nil}, {3, 4, nil}, {100, 11, netlink.ErrDumpInterrupted}} {
-		calls := 0
-		_, err := dumped(func() (int, error) {
-			if calls++; calls <= test.fails {
-				return 0, fmt.Errorf("dump: %w", netlink.ErrDumpInterrupted)
-			}
-			return 1, nil
-		})
-		if calls != test.calls || !errors.Is(err, test.err) {
-			t.Errorf("after %d failures: %d calls and the error %v, want %d and %v", test.fails, calls, err, test.calls, test.err)
-		}
-	}
-	other := errors.New("other")
-	calls := 0
-	if _, err := dumped(func() (int, error) { calls++; return 0, other }); calls != 1 || err != other {
-		t.Errorf("another error: %d calls and the error %v", calls, err)
-	}
-}
-
 // The node's own programs send to an address from another one while it is being
 // left, and from itself again when it is not; afterwards no route of it is there.
 func TestUnpreferAndPrefer(t *testing.T) {
 	n := newTestLink(t, "169.254.20.10", "fd00:20::10")
-	l, err := linkByName(testLink)
+	l, err := nodelinks.ByName(testLink)
 	must(t, err)
 	lo, err := netlink.LinkByName("lo")
 	must(t, err)

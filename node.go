@@ -12,6 +12,7 @@ import (
 	"golang.org/x/time/rate"
 
 	"github.com/contentful-labs/coredns-nodecache/internal/desired"
+	"github.com/contentful-labs/coredns-nodecache/internal/doctor"
 	"github.com/contentful-labs/coredns-nodecache/internal/fastpath"
 	"github.com/contentful-labs/coredns-nodecache/internal/life"
 	"github.com/contentful-labs/coredns-nodecache/internal/peers"
@@ -103,6 +104,7 @@ type node struct {
 	exits     *net.UnixConn   // where other processes tell of theirs
 	syncTick  *time.Ticker
 	syncEvery time.Duration
+	doctor    *doctor.Doctor
 	// examineTick has the node looked at for faults.
 	examineTick *time.Ticker
 }
@@ -122,6 +124,7 @@ func newNode() *node {
 		faulty:    map[string]bool{},
 		slowed:    map[chan struct{}]time.Time{},
 		syncTick:  time.NewTicker(defaultSync),
+		doctor:    doctor.New(doctor.Common),
 
 		examineTick: time.NewTicker(examineEvery),
 	}

@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/contentful-labs/coredns-nodecache/internal/desired"
+	"github.com/contentful-labs/coredns-nodecache/internal/nodelinks"
 )
 
 // fakeFirewall notes what it is told and what the link carried then.
@@ -311,7 +312,7 @@ func TestStartAdoptsWhatKilledProcessHasLeft(t *testing.T) {
 	n, _ := newTestNode(t)
 	_, err := (&netif{name: testLink}).ensure(addrs("169.254.20.10", "192.0.2.99"))
 	must(t, err)
-	before, err := linkByName(testLink)
+	before, err := nodelinks.ByName(testLink)
 	must(t, err)
 	must(t, n.start(demand(t, "", "", "169.254.20.10", "fd00:20::10")))
 	// Until it serves, nothing goes that somebody may use.
@@ -319,7 +320,7 @@ func TestStartAdoptsWhatKilledProcessHasLeft(t *testing.T) {
 	serveOn(t, dnsOn("169.254.20.10", "fd00:20::10")...)
 	eventually(t, "the surplus address is gone", func() bool { return len(carried(t, testLink)) == 2 })
 	wantCarried(t, testLink, "169.254.20.10", "fd00:20::10")
-	after, err := linkByName(testLink)
+	after, err := nodelinks.ByName(testLink)
 	must(t, err)
 	if before.Attrs().Index != after.Attrs().Index {
 		t.Error("the link is another one")
@@ -395,7 +396,7 @@ func TestReloadOfSameTouchesNothing(t *testing.T) {
 	old, next := demand(t, "", "", "169.254.20.10", "fd00:20::10"), demand(t, "", "", "169.254.20.10", "fd00:20::10")
 	oldSocks := up(t, n, old)
 	fw.heard()
-	before, err := linkByName(testLink)
+	before, err := nodelinks.ByName(testLink)
 	must(t, err)
 	gone := watchAddrs(t)
 	n.restarting(old, true)
@@ -409,7 +410,7 @@ func TestReloadOfSameTouchesNothing(t *testing.T) {
 	if got := gone(); len(got) > 0 {
 		t.Errorf("gone, if only for a moment, are %v", got)
 	}
-	after, err := linkByName(testLink)
+	after, err := nodelinks.ByName(testLink)
 	must(t, err)
 	if before.Attrs().Index != after.Attrs().Index {
 		t.Error("the link is another one")
@@ -529,7 +530,7 @@ func TestFailedStartLeavesEverythingAsBefore(t *testing.T) {
 		}, "Testfile:1 - Error during parsing: 10.96.0.10:53/tcp is taken by "},
 		{"IPv6 switched off", func(t *testing.T, fw *fakeFirewall) {
 			sysctl(t, "net/ipv6/conf/default/disable_ipv6", "1")
-			if l, _ := linkByName(testLink); l != nil {
+			if l, _ := nodelinks.ByName(testLink); l != nil {
 				t.Skip("the link has its own switch, which takes its addresses")
 			}
 		}, "IPv6 is switched off here"},
@@ -660,11 +661,11 @@ func TestRemovedLinkComesBack(t *testing.T) {
 func TestLinkSetDownComesBack(t *testing.T) {
 	n, _ := newTestNode(t)
 	up(t, n, demand(t, "", "", "169.254.20.10", "fd00:20::10"))
-	l, err := linkByName(testLink)
+	l, err := nodelinks.ByName(testLink)
 	must(t, err)
 	must(t, netlink.LinkSetDown(l))
 	eventually(t, "the link is up, with its addresses", func() bool {
-		l, err := linkByName(testLink)
+		l, err := nodelinks.ByName(testLink)
 		return err == nil && l != nil && l.Attrs().RawFlags&syscall.IFF_UP != 0 && len(carried(t, testLink)) == 2
 	})
 }

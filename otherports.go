@@ -17,6 +17,7 @@ import (
 
 	"github.com/contentful-labs/coredns-nodecache/internal/desired"
 
+	"github.com/contentful-labs/coredns-nodecache/internal/nodelinks"
 	"github.com/contentful-labs/coredns-nodecache/internal/serverblocks"
 	"github.com/contentful-labs/coredns-nodecache/internal/sockets"
 )
@@ -201,7 +202,7 @@ func (p otherPort) bind() error { return sockets.TryBind(p.e, p.plugin != "dnsta
 // tryOthers tries all of ports. Those of plugins without which DNS can be served all the
 // same come out as late, with what is in the way; the first other that is taken is an error.
 func tryOthers(ports []otherPort) (late map[otherPort][]error, taken error) {
-	carriers, err := addressCarriers()
+	carriers, err := nodelinks.Carriers()
 	if err != nil {
 		return nil, err
 	}

@@ -19,6 +19,7 @@ import (
 
 	"github.com/contentful-labs/coredns-nodecache/internal/desired"
 	"github.com/contentful-labs/coredns-nodecache/internal/fastpath"
+	"github.com/contentful-labs/coredns-nodecache/internal/nodelinks"
 )
 
 func init() {
@@ -408,7 +409,7 @@ func (c *config) check(b *block, ours []string) error {
 			return errorAt(cmp.Or(b.ifaceAt, b.at), "interface %s: %w", b.link, err)
 		}
 	}
-	carriers, err := addressCarriers()
+	carriers, err := nodelinks.Carriers()
 	if err != nil {
 		return errorAt(b.at, "%w", err)
 	}
@@ -417,8 +418,8 @@ func (c *config) check(b *block, ours []string) error {
 			continue
 		}
 		others := slices.DeleteFunc(slices.Clone(carriers[a]), func(n string) bool { return n == p.link || slices.Contains(ours, n) })
-		if slices.Contains(others, ipvsLink) {
-			return errorAt(p.at, "bind %s: the link %s carries this address, so IPVS takes its queries before any listener sees them; with kube-proxy in IPVS mode bind only a link-local address, such as 169.254.20.10", a, ipvsLink)
+		if slices.Contains(others, nodelinks.IPVS) {
+			return errorAt(p.at, "bind %s: the link %s carries this address, so IPVS takes its queries before any listener sees them; with kube-proxy in IPVS mode bind only a link-local address, such as 169.254.20.10", a, nodelinks.IPVS)
 		}
 		p.foreign = len(others) > 0
 		if b.link == noInterface && len(carriers[a]) == 0 {

@@ -15,6 +15,8 @@ import (
 	"github.com/coredns/caddy"
 	"github.com/coredns/coredns/core/dnsserver"
 	"golang.org/x/sys/unix"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/nodelinks"
 )
 
 // corefile is one server block as setup sees it.
@@ -525,9 +527,9 @@ func TestAutoTakesIPTablesWhereItIs(t *testing.T) {
 func TestCheckRefusesAddressOnIPVSLink(t *testing.T) {
 	needRoot(t)
 	cleanLinks(t)
-	must(t, (&netif{name: ipvsLink}).add())
-	defer removeLink(t, ipvsLink)
-	addAddr(t, ipvsLink, "10.96.0.10/32")
+	must(t, (&netif{name: nodelinks.IPVS}).add())
+	defer removeLink(t, nodelinks.IPVS)
+	addAddr(t, nodelinks.IPVS, "10.96.0.10/32")
 	_, err := checked(t, corefile{"nodecache", "169.254.20.10 10.96.0.10", dns53})
 	wantError(t, err, "Testfile:1 - Error during parsing: bind 10.96.0.10: the link kube-ipvs0 carries this address")
 	_, err = checked(t, corefile{"nodecache", "169.254.20.10", dns53})

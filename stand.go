@@ -11,6 +11,7 @@ import (
 
 	"github.com/contentful-labs/coredns-nodecache/internal/desired"
 	"github.com/contentful-labs/coredns-nodecache/internal/life"
+	"github.com/contentful-labs/coredns-nodecache/internal/nodelinks"
 	"github.com/contentful-labs/coredns-nodecache/internal/sockets"
 )
 
@@ -69,7 +70,7 @@ func (n *node) undo(was desired.State, added made) error {
 	defer func() { n.deadline = time.Time{} }()
 	errs := []error{n.rules(was)}
 	for i, addrs := range added {
-		l, err := linkByName(i.name)
+		l, err := nodelinks.ByName(i.name)
 		switch {
 		case err != nil:
 			errs = append(errs, err)
@@ -97,7 +98,7 @@ func (n *node) ensure(want desired.State) (missing map[string]int, err error) {
 		if n.netifs[name] == nil {
 			n.netifs[name] = &netif{name: name}
 		}
-		l, err := linkByName(name)
+		l, err := nodelinks.ByName(name)
 		if err == nil && l == nil {
 			missing[objectLink]++
 		}
@@ -221,7 +222,7 @@ func (n *node) prune(want desired.State) error {
 func (n *node) pruneAlone() error {
 	var errs []error
 	for name, addrs := range n.alone.Links {
-		l, err := linkByName(name)
+		l, err := nodelinks.ByName(name)
 		if i := n.netifs[name]; err == nil && l != nil && i != nil {
 			if err = i.remove(l, addrs); err == nil {
 				err = i.removeBare(l)

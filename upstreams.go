@@ -15,6 +15,7 @@ import (
 	"github.com/coredns/coredns/plugin/pkg/transport"
 	"github.com/miekg/dns"
 
+	"github.com/contentful-labs/coredns-nodecache/internal/nodelinks"
 	"github.com/contentful-labs/coredns-nodecache/internal/serverblocks"
 )
 
@@ -364,7 +365,7 @@ func cycle(path []hop) error {
 // newRouting is the Corefile's server blocks on this machine, with the addresses that they
 // bring to it. What is sent to a ClusterIP never gets to a listener where IPVS takes it.
 func newRouting(all []*route) routing {
-	carriers, err := addressCarriers()
+	carriers, err := nodelinks.Carriers()
 	if err != nil {
 		log.Debugf("looking for ClusterIPs: %v", err)
 	}
@@ -374,5 +375,7 @@ func newRouting(all []*route) routing {
 			brought[h] = true
 		}
 	}
-	return routing{all: all, local: func(a netip.Addr) bool { return brought[a] || locals.has(a) && !slices.Contains(carriers[a], ipvsLink) }}
+	return routing{all: all, local: func(a netip.Addr) bool {
+		return brought[a] || locals.has(a) && !slices.Contains(carriers[a], nodelinks.IPVS)
+	}}
 }

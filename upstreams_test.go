@@ -5,6 +5,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/contentful-labs/coredns-nodecache/internal/nodelinks"
 	"github.com/coredns/caddy/caddyfile"
 	"github.com/coredns/coredns/core/dnsserver"
 )
@@ -91,9 +92,9 @@ func TestReceiver(t *testing.T) {
 func TestReceiverBesideIPVS(t *testing.T) {
 	needRoot(t)
 	cleanLinks(t)
-	must(t, (&netif{name: ipvsLink}).add())
-	defer removeLink(t, ipvsLink)
-	addAddr(t, ipvsLink, "10.96.0.10/32")
+	must(t, (&netif{name: nodelinks.IPVS}).add())
+	defer removeLink(t, nodelinks.IPVS)
+	addAddr(t, nodelinks.IPVS, "10.96.0.10/32")
 	eventually(t, "the address is seen", func() bool { return locals.has(addr("10.96.0.10")) })
 	rs := newRouting([]*route{{configs: []*dnsserver.Config{{Zone: ".", Port: "53", Transport: "dns"}}, hosts: []netip.Addr{netip.IPv6Unspecified()}}})
 	if rs.receiver(target{transport: "dns", at: netip.MustParseAddrPort("10.96.0.10:53")}, "a.test.") != nil {

@@ -88,7 +88,7 @@ func TestWarnsOfRulesOfNodeCache(t *testing.T) {
 			}
 			return func() {
 				const remedy = `for t in raw filter; do iptables-save -t $t | sed -n "/NodeLocal DNS Cache/s/^-A/iptables -t $t -D/p"; done | sh`
-				if source := read(n.T, filepath.Join("..", "doctor_firewall.go")); !strings.Contains(source, `iptables-save -t $t | sed -n \"/%s/s/^-A/iptables -t $t -D/p\"; done | sh`) {
+				if source := read(n.T, filepath.Join("..", "internal", "doctor", "firewall.go")); !strings.Contains(source, `iptables-save -t $t | sed -n \"/%s/s/^-A/iptables -t $t -D/p\"; done | sh`) {
 					n.Error("the remedy that is tested is not the one that the warning has")
 				}
 				n.commands(n.Node, remedy+"\n"+strings.ReplaceAll(remedy, "iptables", "ip6tables"))

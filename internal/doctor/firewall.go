@@ -1,4 +1,4 @@
-package nodecache
+package doctor
 
 import (
 	"fmt"
@@ -9,11 +9,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/contentful-labs/coredns-nodecache/internal/ruleset"
-
 	"github.com/contentful-labs/coredns-nodecache/internal/desired"
-	"github.com/contentful-labs/coredns-nodecache/internal/peers"
-
+	"github.com/contentful-labs/coredns-nodecache/internal/ruleset"
 	"github.com/contentful-labs/coredns-nodecache/internal/sockets"
 )
 
@@ -34,7 +31,7 @@ func look[T any](legacy []string, f func(*ruleset.Ruleset) T) (found T) {
 
 // rulesOfNodeCache finds NOTRACK rules of node-cache for our addresses. They match
 // whether somebody listens or not.
-func rulesOfNodeCache(s site) []string {
+func rulesOfNodeCache(s Site) []string {
 	found := look([]string{"raw"}, func(r *ruleset.Ruleset) (found []netip.Addr) {
 		for _, c := range r.Chains {
 			if c.Table != "raw" || c.Name != "PREROUTING" || c.Family == unix.NFPROTO_INET {
@@ -45,7 +42,7 @@ func rulesOfNodeCache(s site) []string {
 				if !strings.Contains(rule.Comment, nodeCacheComment) {
 					continue
 				}
-				for a := range s.placed {
+				for a := range s.Addrs {
 					if rule.Names(a) && !slices.Contains(found, a) {
 						found = append(found, a)
 					}
@@ -65,19 +62,19 @@ func rulesOfNodeCache(s site) []string {
 // sharedPort finds programs that are not nodecache on an address and port of ours.
 // With SO_REUSEPORT and the same user the kernel lets them, and gives them a share of
 // the queries.
-func sharedPort(s site) (found []string) {
-	udp := slices.DeleteFunc(slices.Clone(s.listeners), func(e desired.Endpoint) bool { return e.Proto != "udp" })
+func sharedPort(s Site) (found []string) {
+	udp := slices.DeleteFunc(slices.Clone(s.Listeners), func(e desired.Endpoint) bool { return e.Proto != "udp" })
 	by := sockets.Strangers(udp)
 	if len(by) == 0 {
 		return nil
 	}
 	// Asked after the look, so that it is known of all that the look can have seen.
-	o, err := s.ask()
-	if err != nil || o.Unknown || o.States[peers.Idle]+o.States[peers.Silent] > 0 {
+	serves, known := s.Others()
+	if !known {
 		return nil
 	}
 	for _, e := range udp {
-		if by[e] != "" && !o.Serves[e] {
+		if by[e] != "" && !serves[e] {
 			found = append(found, fmt.Sprintf("%s is served%s too, which takes a share of its queries and loses them when it ends: stop that program, unless this is a change from it to this cache", e, by[e]))
 		}
 	}
@@ -87,8 +84,8 @@ func sharedPort(s site) (found []string) {
 // firewallDrops finds chains in which every query that is not tracked is dropped, or every
 // answer, wherever it comes from and by whatever link. Where some may pass nothing is
 // said.
-func firewallDrops(s site) (found []string) {
-	if len(s.untracked) == 0 {
+func firewallDrops(s Site) (found []string) {
+	if len(s.Untracked) == 0 {
 		return nil
 	}
 	drops := look([]string{"raw", "mangle", "filter", "security"}, func(r *ruleset.Ruleset) map[string][]desired.Endpoint {
@@ -105,7 +102,7 @@ func firewallDrops(s site) (found []string) {
 				drops[what+" ("+at+")"] = append(drops[what+" ("+at+")"], e)
 			}
 		}
-		for _, e := range s.untracked {
+		for _, e := range s.Untracked {
 			query := ruleset.Packet{Proto: unix.IPPROTO_UDP, Dst: e.Addr, DstPort: e.Port, State: ruleset.StateUntracked}
 			if e.Proto == "tcp" {
 				query.Proto = unix.IPPROTO_TCP

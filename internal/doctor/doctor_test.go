@@ -1,9 +1,10 @@
-package nodecache
+package doctor
 
 import (
 	"fmt"
 	stdlog "log"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -13,21 +14,38 @@ import (
 	"testing"
 	"time"
 
-	"github.com/contentful-labs/coredns-nodecache/internal/desired"
+	"github.com/vishvananda/netlink"
 
-	"github.com/contentful-labs/coredns-nodecache/internal/life"
-	"github.com/contentful-labs/coredns-nodecache/internal/peers"
+	"github.com/contentful-labs/coredns-nodecache/internal/desired"
+	"github.com/contentful-labs/coredns-nodecache/internal/testkit"
 )
+
+// What the tests of all packages share, by short names.
+var (
+	eventually = testkit.Eventually
+	must       = testkit.Must
+	dnsOn      = testkit.DNSOn
+	handOver   = testkit.HandOver
+	reuseport  = testkit.ReusePort
+)
+
+const testLink = "nctest0"
+
+func TestMain(m *testing.M) { os.Exit(testkit.Main(m)) }
+
+// newTestLink makes a link with these addresses, and returns its number.
+func newTestLink(t *testing.T, on ...string) (index int) {
+	t.Helper()
+	testkit.Link(t, testLink, on...)
+	l, err := netlink.LinkByName(testLink)
+	must(t, err)
+	return l.Attrs().Index
+}
 
 // NetworkManager's files are as those of 1.42: of a link that it has noted, of one to
 // which it applies a profile, and of one that it does not manage.
 func TestNetworkManager(t *testing.T) {
-	needRoot(t)
-	cleanLinks(t)
-	i := &netif{name: testLink}
-	l, err := i.ensureLink()
-	must(t, err)
-	t.Cleanup(func() { must(t, i.prune(nil)) })
+	index := newTestLink(t)
 
 	const managed = "[device]\nmanaged=true\nconnection-uuid=7b51333c-56a3-44c2-8b1f-3a73088a785b\nnm-owned=false\n"
 	const external = "[connection]\nid=nodelocaldns\nuuid=7b51333c-56a3-44c2-8b1f-3a73088a785b\ntype=dummy\n\n[.nmmeta]\nnm-generated=true\nvolatile=true\nexternal=true\n"
@@ -46,14 +64,14 @@ func TestNetworkManager(t *testing.T) {
 			defer func(d string) { networkManagerState = d }(networkManagerState)
 			networkManagerState = dir
 			for file, text := range map[string]string{
-				fmt.Sprintf("devices/%d", l.Attrs().Index): tt.device, "system-connections/nodelocaldns.nmconnection": tt.profile,
+				fmt.Sprintf("devices/%d", index): tt.device, "system-connections/nodelocaldns.nmconnection": tt.profile,
 			} {
 				if text != "" {
 					must(t, os.MkdirAll(filepath.Dir(filepath.Join(dir, file)), 0o755))
 					must(t, os.WriteFile(filepath.Join(dir, file), []byte(text), 0o644))
 				}
 			}
-			found := networkManager(site{links: map[string]bool{testLink: true}})
+			found := networkManager(Site{Links: map[string]bool{testLink: true}})
 			if len(found) > 0 != tt.want {
 				t.Errorf("found %q, want one: %v", found, tt.want)
 			}
@@ -61,7 +79,7 @@ func TestNetworkManager(t *testing.T) {
 	}
 }
 
-// Other caches are no sockets.Strangers, and are asked once, however many addresses there are.
+// Other caches are no strangers, and are asked once, however many addresses there are.
 func TestSharedPort(t *testing.T) {
 	newTestLink(t, "169.254.20.10", "10.96.0.10")
 	for _, a := range []string{"169.254.20.10", "10.96.0.10"} {
@@ -73,12 +91,13 @@ func TestSharedPort(t *testing.T) {
 		handOver(t, "dnsmasq", f)
 	}
 	asked := 0
-	o := peers.Others{Serves: map[desired.Endpoint]bool{{Addr: addr("10.96.0.10"), Proto: "udp", Port: 53}: true}}
-	s := site{listeners: dnsOn("169.254.20.10", "10.96.0.10"), ask: func() (peers.Others, error) { asked++; return o, nil }}
+	serves := map[desired.Endpoint]bool{{Addr: netip.MustParseAddr("10.96.0.10"), Proto: "udp", Port: 53}: true}
+	known := true
+	s := Site{Listeners: dnsOn("169.254.20.10", "10.96.0.10"), Others: func() (map[desired.Endpoint]bool, bool) { asked++; return serves, known }}
 	if found := sharedPort(s); len(found) != 1 || !strings.HasPrefix(found[0], `169.254.20.10:53/udp is served by "dnsmasq" (process `) || asked != 1 {
 		t.Errorf("asked %d times, found %q", asked, found)
 	}
-	o.Unknown = true
+	known = false
 	if found := sharedPort(s); len(found) > 0 {
 		t.Errorf("beside one that does not say what it serves: %q", found)
 	}
@@ -87,12 +106,7 @@ func TestSharedPort(t *testing.T) {
 // systemd-networkd's files are as those of 257: of a link that it configures, and of those
 // that it leaves alone.
 func TestNetworkd(t *testing.T) {
-	needRoot(t)
-	cleanLinks(t)
-	i := &netif{name: testLink}
-	l, err := i.ensureLink()
-	must(t, err)
-	t.Cleanup(func() { must(t, i.prune(nil)) })
+	index := newTestLink(t)
 
 	const managed = "# This is private data. Do not parse.\nADMIN_STATE=configured\nOPER_STATE=off\nNETWORK_FILE=/usr/lib/systemd/network/zz-default.network\n"
 	for name, tt := range map[string]struct {
@@ -111,9 +125,9 @@ func TestNetworkd(t *testing.T) {
 			defer func(d string) { networkdState = d }(networkdState)
 			networkdState = t.TempDir()
 			if tt.state != "" {
-				must(t, os.WriteFile(filepath.Join(networkdState, fmt.Sprint(l.Attrs().Index)), []byte(tt.state), 0o644))
+				must(t, os.WriteFile(filepath.Join(networkdState, fmt.Sprint(index)), []byte(tt.state), 0o644))
 			}
-			found := networkd(site{links: map[string]bool{testLink: true}})
+			found := networkd(Site{Links: map[string]bool{testLink: true}})
 			if len(found) > 0 != tt.want {
 				t.Errorf("found %q, want one: %v", found, tt.want)
 			}
@@ -121,18 +135,12 @@ func TestNetworkd(t *testing.T) {
 	}
 }
 
-// withFaults has only these looked for.
-func withFaults(t *testing.T, only ...fault) (logged *syncBuffer) {
-	was, patience := faults, examinePatience
+// withFaults returns a doctor who has only these looked for, and what is logged.
+func withFaults(t *testing.T, only ...Fault) (d *Doctor, logged *syncBuffer) {
 	logged = &syncBuffer{}
-	faults = only
-	examination.found = nil
 	stdlog.SetOutput(logged)
-	t.Cleanup(func() {
-		faults, examinePatience = was, patience
-		stdlog.SetOutput(os.Stdout)
-	})
-	return logged
+	t.Cleanup(func() { stdlog.SetOutput(os.Stdout) })
+	return New(only), logged
 }
 
 // syncBuffer is a log that is read while it is written.
@@ -158,75 +166,36 @@ func (b *syncBuffer) String() string {
 func TestExaminationSurvives(t *testing.T) {
 	back := make(chan struct{})
 	var looks atomic.Int32
-	logged := withFaults(t,
-		fault{"panics", func(site) []string { panic("index out of range") }},
-		fault{"hangs", func(site) []string { looks.Add(1); <-back; return nil }},
-		fault{"other", func(site) []string { return []string{"a fault"} }})
-	examinePatience = 50 * time.Millisecond
-	n := newNode()
-	n.examine(site{}, false)
+	d, logged := withFaults(t,
+		Fault{"panics", func(Site) []string { panic("index out of range") }},
+		Fault{"hangs", func(Site) []string { looks.Add(1); <-back; return nil }},
+		Fault{"other", func(Site) []string { return []string{"a fault"} }})
+	d.patience = 50 * time.Millisecond
+	d.Examine(Site{}, false)
 	for _, says := range []string{"looking for the fault panics: a fault of this program: index out of range", "looking for the fault hangs: no result within", "a fault", "1 found"} {
 		if !strings.Contains(logged.String(), says) {
 			t.Errorf("no %q in %s", says, logged)
 		}
 	}
-	n.examine(site{}, true)
+	d.Examine(Site{}, true)
 	if k := looks.Load(); k != 1 {
 		t.Errorf("%d looks that hang, want one", k)
 	}
 	close(back)
 	eventually(t, "the look that hung is over", func() bool {
-		examination.Lock()
-		defer examination.Unlock()
-		return len(examination.busy) == 0
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		return len(d.busy) == 0
 	})
-	n.examine(site{}, true)
+	d.Examine(Site{}, true)
 	if k := looks.Load(); k != 2 {
 		t.Errorf("%d looks, want another one", k)
 	}
 }
 
-// The node is looked at every so often, however rarely it is checked.
-func TestExaminesWhateverSync(t *testing.T) {
-	defer func(d time.Duration) { examineEvery = d }(examineEvery)
-	examineEvery = 5 * time.Millisecond
-	looks := make(chan struct{}, 100)
-	withFaults(t, fault{"counted", func(site) []string {
-		select {
-		case looks <- struct{}{}:
-		default:
-		}
-		return nil
-	}})
-	n := newNode()
-	must(t, n.do(func() error {
-		n.life = life.Phase[config]{Kind: life.Serving, InForce: newConfig()}
-		n.tick(maxSync)
-		n.examineFirst(n.life.InForce)
-		return nil
-	}))
-	for i := range 3 {
-		select {
-		case <-looks:
-		case <-time.After(30 * time.Second):
-			t.Fatalf("%d looks", i)
-		}
-	}
-	must(t, n.do(func() error { n.on(life.Exits, nil); n.examineTick.Stop(); return nil }))
-	examination.Lock() // what is under way comes to its end
-	defer examination.Unlock()
-	examination.found = nil
-}
-
 func TestExaminesAgain(t *testing.T) {
-	was := faults
-	defer func() { faults = was }()
 	var full []string
-	faults = []fault{{"full", func(site) []string { return full }}, {"other", func(site) []string { return []string{"always"} }}}
-	var text strings.Builder
-	stdlog.SetOutput(&text)
-	defer stdlog.SetOutput(os.Stdout)
-	n := newNode()
+	d, text := withFaults(t, Fault{"full", func(Site) []string { return full }}, Fault{"other", func(Site) []string { return []string{"always"} }})
 	for i, step := range []struct {
 		again bool
 		full  []string
@@ -242,7 +211,7 @@ func TestExaminesAgain(t *testing.T) {
 	} {
 		text.Reset()
 		full = step.full
-		n.examine(site{}, step.again)
+		d.Examine(Site{}, step.again)
 		lines := strings.Split(strings.TrimSpace(text.String()), "\n")
 		if text.Len() == 0 {
 			lines = nil

@@ -1,4 +1,4 @@
-package nodecache
+package doctor
 
 import (
 	"fmt"
@@ -11,6 +11,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/contentful-labs/coredns-nodecache/internal/nodelinks"
 	"github.com/contentful-labs/coredns-nodecache/internal/ruleset"
 )
 
@@ -19,7 +20,7 @@ const conntrackNearlyFull = 0.9
 
 // conntrackFull finds a connection tracking table with hardly any room. Queries to
 // the cache need none, but its own to the cluster and the outside do.
-func conntrackFull(site) []string {
+func conntrackFull(Site) []string {
 	count, max := sysctlValue("net/netfilter/nf_conntrack_count"), sysctlValue("net/netfilter/nf_conntrack_max")
 	if max == 0 || float64(count) < conntrackNearlyFull*float64(max) {
 		return nil
@@ -42,19 +43,22 @@ func sysctlValue(path string) int {
 // goes straight back over the bridge, with the DNS pod's address on it, which the
 // asking pod does not know. So it is told where a rule of kube-proxy's sends queries for
 // an address of ours to one that is on the bridge.
-func bridgeNetfilterOff(s site) (found []string) {
+func bridgeNetfilterOff(s Site) (found []string) {
 	if _, err := os.Stat("/proc/sys/net/core"); err != nil {
 		return nil // settings are hidden from here
 	}
 	bridges := bridgesOfPods()
-	for _, f := range []family{ipv4, ipv6} {
-		name := map[family]string{ipv4: "bridge-nf-call-iptables", ipv6: "bridge-nf-call-ip6tables"}[f]
+	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+		name := "bridge-nf-call-iptables"
+		if family == netlink.FAMILY_V6 {
+			name = "bridge-nf-call-ip6tables"
+		}
 		if len(bridges) == 0 || sysctlValue("net/bridge/"+name) != 0 {
 			continue
 		}
-		servers := s.behind(f)
+		servers := s.behind(family)
 		for _, l := range bridges {
-			if slices.ContainsFunc(servers, network(l, f)) {
+			if slices.ContainsFunc(servers, network(l, family)) {
 				found = append(found, fmt.Sprintf("pods on the bridge %s get no answer from a DNS pod on the same bridge when this cache is down, since net.bridge.%s is off: load the module br_netfilter and set net.bridge.%s=1, as kube-proxy asks for too", l.Attrs().Name, name, name))
 			}
 		}
@@ -62,12 +66,12 @@ func bridgeNetfilterOff(s site) (found []string) {
 	return found
 }
 
-// behind returns where queries for our addresses go when this cache is down, by the rules
-// for them that are certain.
-func (s site) behind(f family) []netip.Addr {
+// behind returns where queries for our addresses of a family go when this cache is down,
+// by the rules for them that are certain.
+func (s Site) behind(family int) []netip.Addr {
 	return look([]string{"nat"}, func(r *ruleset.Ruleset) (servers []netip.Addr) {
-		for _, e := range s.listeners {
-			if e.Proto != "udp" || familyOf(e.Addr) != f || s.placed[e.Addr].foreign {
+		for _, e := range s.Listeners {
+			if e.Proto != "udp" || e.Addr.Is6() != (family == netlink.FAMILY_V6) || s.Addrs[e.Addr].Foreign {
 				continue
 			}
 			query := ruleset.Packet{Proto: unix.IPPROTO_UDP, Dst: e.Addr, DstPort: e.Port, State: ruleset.StateNew}
@@ -83,7 +87,7 @@ func (s site) behind(f family) []netip.Addr {
 
 // bridgesOfPods returns the bridges with two pods or more: one alone has no other to ask.
 func bridgesOfPods() (bridges []netlink.Link) {
-	links, err := dumped(netlink.LinkList)
+	links, err := nodelinks.Dumped(netlink.LinkList)
 	if err != nil {
 		return nil
 	}
@@ -98,12 +102,8 @@ func bridgesOfPods() (bridges []netlink.Link) {
 
 // network tells of an address whether it is in a network of a link's, as the pods' are in
 // that of the bridge that is their gateway.
-func network(l netlink.Link, f family) func(netip.Addr) bool {
-	nlFamily := netlink.FAMILY_V4
-	if f == ipv6 {
-		nlFamily = netlink.FAMILY_V6
-	}
-	own, err := dumped(func() ([]netlink.Addr, error) { return netlink.AddrList(l, nlFamily) })
+func network(l netlink.Link, family int) func(netip.Addr) bool {
+	own, err := nodelinks.Dumped(func() ([]netlink.Addr, error) { return netlink.AddrList(l, family) })
 	return func(a netip.Addr) bool {
 		return err == nil && slices.ContainsFunc(own, func(o netlink.Addr) bool { return o.IPNet != nil && o.Contains(a.AsSlice()) })
 	}

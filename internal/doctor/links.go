@@ -1,30 +1,32 @@
-package nodecache
+package doctor
 
 import (
 	"fmt"
 	"maps"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/nodelinks"
 )
 
 // addressElsewhere finds addresses of ours that another dummy link carries: those of
 // an interface that somebody has made for a cache, and may remove.
-func addressElsewhere(s site) (found []string) {
-	carriers, err := addressCarriers()
+func addressElsewhere(s Site) (found []string) {
+	carriers, err := nodelinks.Carriers()
 	if err != nil {
 		return nil
 	}
-	for _, a := range s.addrs() {
-		// With interface none that is what the Corefile asks for.
-		if !s.placed[a].foreign || s.placed[a].link == noInterface {
+	for _, a := range slices.SortedFunc(maps.Keys(s.Addrs), netip.Addr.Compare) {
+		if !s.Addrs[a].Foreign || s.Addrs[a].AsAsked {
 			continue
 		}
 		for _, name := range carriers[a] {
-			if l, err := linkByName(name); err == nil && l != nil && !s.links[name] && name != ipvsLink {
-				if _, err := linkKind(l); err == nil {
+			if l, err := nodelinks.ByName(name); err == nil && l != nil && !s.Links[name] && name != nodelinks.IPVS {
+				if _, err := nodelinks.Kind(l); err == nil {
 					found = append(found, fmt.Sprintf("%s is on the link %s, which is not this cache's, so that the address goes when somebody removes that link: name it as the interface of nodecache, or remove the link and reload", a, name))
 				}
 			}
@@ -41,9 +43,9 @@ var networkManagerState = "/run/NetworkManager"
 // networkManager finds links of ours to which NetworkManager applies a profile, so that
 // they have its addresses and lose ours. A link that it manages but has only noted
 // as made by somebody else ("connected (externally)") it leaves as it is.
-func networkManager(s site) (found []string) {
-	for name := range s.links {
-		l, err := linkByName(name)
+func networkManager(s Site) (found []string) {
+	for name := range s.Links {
+		l, err := nodelinks.ByName(name)
 		if err != nil || l == nil {
 			continue
 		}
@@ -70,9 +72,9 @@ var networkdState = "/run/systemd/netif/links"
 // networkd finds links of ours that systemd-networkd configures by a file of its own, such
 // as one for links of all names. Each time that it configures a link, it removes the
 // addresses there that it does not know.
-func networkd(s site) (found []string) {
-	for _, name := range slices.Sorted(maps.Keys(s.links)) {
-		l, err := linkByName(name)
+func networkd(s Site) (found []string) {
+	for _, name := range slices.Sorted(maps.Keys(s.Links)) {
+		l, err := nodelinks.ByName(name)
 		if err != nil || l == nil {
 			continue
 		}

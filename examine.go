@@ -1,0 +1,49 @@
+package nodecache
+
+import (
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/desired"
+	"github.com/contentful-labs/coredns-nodecache/internal/doctor"
+	"github.com/contentful-labs/coredns-nodecache/internal/peers"
+)
+
+// examineEvery is how long after an examination there is another, whatever sync is.
+var examineEvery = 5 * time.Minute
+
+// site returns what the doctor has to know of n, with cfg in force.
+func (n *node) site(cfg *config) doctor.Site {
+	s := doctor.Site{Links: map[string]bool{}, Addrs: map[netip.Addr]doctor.Address{}, Listeners: cfg.listeners(), Others: n.othersServe}
+	for name := range n.netifs {
+		s.Links[name] = true
+	}
+	for a, p := range cfg.addrs {
+		s.Addrs[a] = doctor.Address{Foreign: p.foreign, AsAsked: p.link == noInterface}
+	}
+	for _, es := range n.want.Rules {
+		s.Untracked = append(s.Untracked, slices.DeleteFunc(slices.Clone(es), func(e desired.Endpoint) bool { return e.Extra })...)
+	}
+	return s
+}
+
+// othersServe returns what the other caches on the node serve, and whether that is
+// known of all of them.
+func (n *node) othersServe() (map[desired.Endpoint]bool, bool) {
+	o, err := n.member.Ask(peers.AskLimit)
+	return o.Serves, err == nil && !o.Unknown && o.States[peers.Idle]+o.States[peers.Silent] == 0
+}
+
+// examineFirst has the node examined for a configuration that is in force from now on.
+func (n *node) examineFirst(cfg *config) {
+	n.examineTick.Reset(examineEvery)
+	go n.doctor.Examine(n.site(cfg), false)
+}
+
+// examineAgain has it examined from time to time.
+func (n *node) examineAgain() {
+	if cfg := n.life.InForce; cfg != nil && !n.exited() {
+		go n.doctor.Examine(n.site(cfg), true)
+	}
+}
