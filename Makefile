@@ -43,7 +43,7 @@ REPAIRS ?= 20
 run = go build -C test -o $(CURDIR)/build/$(1) ./$(1) && build/$(1)
 
 FUZZTIME ?= 5m
-# Percent of the package's statements.
+# Percent of the plugin's statements.
 MIN_COVERAGE := 85
 
 .DEFAULT_GOAL := coredns
@@ -168,8 +168,8 @@ fuzz: ## Run every fuzz test of the plugin for FUZZTIME (5m).
 	done
 
 .PHONY: cover
-cover: deps ## Print the coverage of the package's tests, and fail below 85 % (needs root).
-	go test -count=1 -timeout 20m -coverprofile cover.out .
+cover: deps ## Print the coverage of the plugin's tests, and fail below 85 % (needs root).
+	go test -count=1 -timeout 20m -coverprofile cover.out . ./internal/...
 	@go tool cover -func cover.out | awk -v min=$(MIN_COVERAGE) \
 		'/^total:/ { print "coverage:", $$3 " of statements, at least " min "% wanted"; exit $$3 + 0 < min }'
 
