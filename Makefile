@@ -70,9 +70,12 @@ test-kernel: coredns ## Run the tests on Debian's kernel, which has the dummy dr
 	test/deps ip iptables nft xz
 	mkdir -p build
 	go test -c -o build/nodecache.test .
+	go test -c -o build/sockets.test ./internal/sockets
 	go test -C test -c -o ../build/e2e.test .
 	IN_KERNEL_TIMEOUT=$(KERNEL_TIMEOUT) test/in-kernel \
 		build/nodecache.test -test.v -test.timeout 0 -test.run '$(KERNEL_RUN)'
+	IN_KERNEL_TIMEOUT=$(KERNEL_TIMEOUT) test/in-kernel \
+		build/sockets.test -test.v -test.timeout 0 -test.run 'Park|Own'
 	cd test && IN_KERNEL_TIMEOUT=$(KERNEL_TIMEOUT) IN_KERNEL_ENV=LAB_SCALE LAB_SCALE=0.02 ./in-kernel \
 		../build/e2e.test -test.v -test.timeout 0 -test.run '$(E2E_RUN)'
 

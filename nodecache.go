@@ -21,15 +21,9 @@
 //     reads as before.
 //  8. IPv4 and IPv6 are equals, in one process and in one server block.
 //
-// setup.go reads the directive into a config (state.go); node.go owns what the
-// process has on the node and is the only one to change it, through netif.go
-// (the interface and its addresses) and a firewall (iptables.go, nftables.go).
-// internal/peers shows this process to the others on the node, asks them and has
-// one change the node at a time, watch.go knows of what the kernel reports, ports.go,
-// holders.go and sockets.go of who listens, otherports.go and lateports.go of what other
-// plugins listen on, drain.go and abandon.go of how to leave.
-// internal/fastpath answers repeated questions; internal/serverblocks has all blocks of the
-// Corefile that is being set up.
+// setup.go reads the directive into a config (state.go); node.go owns what the process has
+// on the node and is the only one to change it, through netif.go (the interface and its
+// addresses) and a firewall (iptables.go, nftables.go). docs/architecture.md has the rest.
 package nodecache
 
 import (
