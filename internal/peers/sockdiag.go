@@ -89,8 +89,12 @@ func listSockets(k socketKind) (socketList, error) {
 	if err := diagSockets(k.states, note); err != nil {
 		log.Debugf("asking the kernel for unix sockets: %v; reading /proc/net/unix", err)
 		l, unsure = socketList{}, nil
-		if e := procSockets(note); e != nil {
-			return l, errors.Join(err, e)
+		// While others close theirs a socket may be passed over: those of listeners, which
+		// turns depend on, are read twice.
+		for i := 0; i == 0 || i == 1 && k.typ == unix.SOCK_STREAM; i++ {
+			if e := procSockets(note); e != nil {
+				return l, errors.Join(err, e)
+			}
 		}
 	}
 	seen := map[string]bool{} // /proc/net/unix can be made to show a name again and again
