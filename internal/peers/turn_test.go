@@ -91,8 +91,8 @@ func TestTurnIsWaitedFor(t *testing.T) {
 				if err != nil {
 					t.Error(err)
 				}
-				close(taken)
 				end()
+				close(taken)
 			}()
 			select {
 			case <-taken:
