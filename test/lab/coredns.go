@@ -27,6 +27,7 @@ type CoreDNS struct {
 	Corefile string // the path of its configuration
 	Pid      int
 
+	node   *Namespace
 	log    log
 	exited chan struct{}
 	state  *os.ProcessState // when exited
@@ -45,7 +46,7 @@ func (l *Lab) Start(binary, corefile string, o Options) (*CoreDNS, error) {
 	if err != nil {
 		return nil, err
 	}
-	p := &CoreDNS{Corefile: filepath.Join(dir, "Corefile"), exited: make(chan struct{})}
+	p := &CoreDNS{Corefile: filepath.Join(dir, "Corefile"), exited: make(chan struct{}), node: l.Node}
 	p.log.changed = make(chan struct{})
 	if err := p.Configure(corefile); err != nil {
 		return nil, err
@@ -156,12 +157,47 @@ func (p *CoreDNS) Stop(s syscall.Signal) (*os.ProcessState, error) {
 }
 
 // Kill ends the process as kill -9 does, and waits until the kernel has closed its
-// sockets.
+// sockets: a program that it was just starting has them open until its exec.
 func (p *CoreDNS) Kill() {
-	if p.Running() {
-		syscall.Kill(p.Pid, syscall.SIGKILL)
-		<-p.exited
+	if !p.Running() {
+		return
 	}
+	had := sockets(p.Pid)
+	syscall.Kill(p.Pid, syscall.SIGKILL)
+	<-p.exited
+	for late := time.Now().Add(Patience); p.open(had) && time.Now().Before(late); {
+		time.Sleep(time.Millisecond)
+	}
+}
+
+// sockets returns the inodes of a process's sockets.
+func sockets(pid int) map[string]bool {
+	inodes := map[string]bool{}
+	dir := fmt.Sprintf("/proc/%d/fd", pid)
+	fds, _ := os.ReadDir(dir)
+	for _, fd := range fds {
+		to, err := os.Readlink(filepath.Join(dir, fd.Name()))
+		if inode, ok := strings.CutPrefix(to, "socket:["); ok && err == nil {
+			inodes[strings.TrimSuffix(inode, "]")] = true
+		}
+	}
+	return inodes
+}
+
+// open tells whether a UDP socket of these is still there on the node.
+func (p *CoreDNS) open(inodes map[string]bool) (yes bool) {
+	p.node.Do(func() error {
+		for _, table := range []string{"udp", "udp6"} {
+			text, _ := os.ReadFile("/proc/thread-self/net/" + table)
+			for line := range strings.Lines(string(text)) {
+				if f := strings.Fields(line); len(f) > 9 && inodes[f[9]] {
+					yes = true
+				}
+			}
+		}
+		return nil
+	})
+	return yes
 }
 
 // Running says whether the process has not ended yet.
