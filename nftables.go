@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"time"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
@@ -244,26 +245,48 @@ func (t *nft) change(es []desired.Endpoint, wanted func(role string, e desired.E
 	return nil
 }
 
+// readTries is how often a set is read in which something seems to lack. While the kernel
+// resizes a set's table, as it does for a moment after many elements have come, a dump passes
+// some over (seen on 6.18). Nobody else can take any away, so what one of the dumps has is
+// there.
+const (
+	readTries = 5
+	readAgain = 2 * time.Millisecond
+)
+
 // readBack takes over what the kernel has in the sets, and returns how many endpoints
 // it lacks of what was written.
 func (t *nft) readBack() (missing int, err error) {
 	gone := map[desired.Endpoint]bool{}
 	has := map[setOf]map[desired.Endpoint]bool{}
 	for s, set := range t.sets {
-		elements, err := nfLook.GetSetElements(set)
-		if err != nil {
-			return 0, err
-		}
 		has[s] = map[desired.Endpoint]bool{}
-		for _, el := range elements {
-			if e, ok := endpointOfKey(el.Key); ok {
-				has[s][e] = true
+		var lacks []desired.Endpoint
+		for try := range readTries {
+			if try > 0 {
+				time.Sleep(readAgain)
+			}
+			elements, err := nfLook.GetSetElements(set)
+			if err != nil {
+				return 0, err
+			}
+			for _, el := range elements {
+				if e, ok := endpointOfKey(el.Key); ok {
+					has[s][e] = true
+				}
+			}
+			lacks = nil
+			for e := range t.has[s] {
+				if !has[s][e] {
+					lacks = append(lacks, e)
+				}
+			}
+			if len(lacks) == 0 {
+				break
 			}
 		}
-		for e := range t.has[s] {
-			if !has[s][e] {
-				gone[e] = true
-			}
+		for _, e := range lacks {
+			gone[e] = true
 		}
 	}
 	t.has = has
