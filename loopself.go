@@ -3,12 +3,10 @@ package nodecache
 import (
 	"net"
 	"net/netip"
-	"os"
-	"strconv"
 	"sync"
 	"time"
 
-	"golang.org/x/sys/unix"
+	"github.com/contentful-labs/coredns-nodecache/internal/sockets"
 )
 
 // source is where a query has come from.
@@ -101,48 +99,16 @@ func (o *ownSocketNames) has(s source, at time.Time) bool {
 // socketNames returns what all of this process's sockets are bound to; without an address
 // what is bound to all of them, as QUIC's are.
 func socketNames() (map[source]bool, error) {
-	dir, err := os.Open("/proc/self/fd")
-	if err != nil {
-		return nil, err
-	}
-	defer dir.Close()
-	names, err := dir.Readdirnames(-1)
+	ends, err := sockets.LocalEnds()
 	if err != nil {
 		return nil, err
 	}
 	found := map[source]bool{}
-	for _, n := range names {
-		fd, err := strconv.Atoi(n)
-		if err != nil {
-			continue
+	for e := range ends {
+		if e.Addr.IsUnspecified() {
+			e.Addr = netip.Addr{}
 		}
-		sa, err := unix.Getsockname(fd)
-		if err != nil {
-			continue // no socket
-		}
-		var s source
-		switch sa := sa.(type) {
-		case *unix.SockaddrInet4:
-			s.at = netip.AddrPortFrom(netip.AddrFrom4(sa.Addr), uint16(sa.Port))
-		case *unix.SockaddrInet6:
-			s.at = netip.AddrPortFrom(netip.AddrFrom16(sa.Addr).Unmap(), uint16(sa.Port))
-		default:
-			continue
-		}
-		switch typ, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_TYPE); {
-		case err != nil:
-			continue
-		case typ == unix.SOCK_DGRAM:
-			s.proto = "udp"
-		case typ == unix.SOCK_STREAM:
-			s.proto = "tcp"
-		default:
-			continue
-		}
-		if s.at.Addr().IsUnspecified() {
-			s.at = netip.AddrPortFrom(netip.Addr{}, s.at.Port())
-		}
-		found[s] = true
+		found[source{netip.AddrPortFrom(e.Addr, e.Port), e.Proto}] = true
 	}
 	return found, nil
 }

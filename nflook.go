@@ -141,11 +141,6 @@ func (l *nfLooker) GetRules(t *nftables.Table, ch *nftables.Chain) (rs []*nftabl
 	return rs, err
 }
 
-func (l *nfLooker) GetSets(t *nftables.Table) (ss []*nftables.Set, err error) {
-	err = l.ask(func(c *nftables.Conn) error { ss, err = c.GetSets(t); return err })
-	return ss, err
-}
-
 func (l *nfLooker) GetSetElements(s *nftables.Set) (es []nftables.SetElement, err error) {
 	err = l.ask(func(c *nftables.Conn) error { es, err = c.GetSetElements(s); return err })
 	return es, err

@@ -30,9 +30,6 @@ const (
 // 123, bound to 0.0.0.0:53)`, or "".
 func Holder(e desired.Endpoint) string { return whose(On([]desired.Endpoint{e}))[e] }
 
-// Stranger is holder for those that are not this process.
-func Stranger(e desired.Endpoint) string { return Strangers([]desired.Endpoint{e})[e] }
-
 // Strangers says for each of es on which others than this process have a socket who
 // does, as holder says it.
 func Strangers(es []desired.Endpoint) map[desired.Endpoint]string {

@@ -30,7 +30,7 @@ func TestStrangersAreNamedWithoutThisProcess(t *testing.T) {
 	if got := Strangers(es); fmt.Sprint(got) != fmt.Sprint(want) {
 		t.Errorf("the strangers are %q, want %q", got, want)
 	}
-	if got := Stranger(e); got != want[e] {
+	if got := Strangers([]desired.Endpoint{e})[e]; got != want[e] {
 		t.Errorf("the stranger is %q, want %q", got, want[e])
 	}
 }

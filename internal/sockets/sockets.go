@@ -25,29 +25,50 @@ func Own() (map[desired.Endpoint][]int, error) {
 }
 
 func boundTo(fd int) (desired.Endpoint, bool) {
-	var e desired.Endpoint
-	typ, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_TYPE)
-	if err != nil {
-		return e, false
+	e, ok := localEnd(fd)
+	if ok && e.Proto == "tcp" {
+		on, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ACCEPTCONN)
+		ok = err == nil && on != 0
 	}
-	switch typ {
-	case unix.SOCK_DGRAM:
-		e.Proto = "udp"
-	case unix.SOCK_STREAM:
-		e.Proto = "tcp"
-		if on, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ACCEPTCONN); err != nil || on == 0 {
-			return e, false
-		}
-	default:
-		return e, false
-	}
+	return e, ok
+}
+
+// localEnd returns this end of the socket of fd, if it is one of UDP or TCP.
+func localEnd(fd int) (e desired.Endpoint, ok bool) {
 	sa, err := unix.Getsockname(fd)
 	if err != nil {
 		return e, false
 	}
 	at, ok := addrPort(sa)
+	typ, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_TYPE)
+	switch {
+	case !ok || err != nil:
+		return e, false
+	case typ == unix.SOCK_DGRAM:
+		e.Proto = "udp"
+	case typ == unix.SOCK_STREAM:
+		e.Proto = "tcp"
+	default:
+		return e, false
+	}
 	e.Addr, e.Port = at.Addr(), at.Port()
-	return e, ok
+	return e, true
+}
+
+// LocalEnds returns this process's end of each of its UDP and TCP sockets, connections
+// included.
+func LocalEnds() (map[desired.Endpoint]bool, error) {
+	fds, err := Descriptors()
+	if err != nil {
+		return nil, err
+	}
+	ends := map[desired.Endpoint]bool{}
+	for _, fd := range fds {
+		if e, ok := localEnd(fd); ok {
+			ends[e] = true
+		}
+	}
+	return ends, nil
 }
 
 // queueBytes is what a UDP socket may hold unread. The kernel counts it double, and a
