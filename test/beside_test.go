@@ -83,7 +83,7 @@ func TestBesideNodeCache(t *testing.T) {
 				for a, r := range results {
 					n.Logf("%s: %v: %d sent, %d lost, %d refused", what, a, r.Sent, r.Lost, r.Refused)
 					if lossless && r.Lost+r.Refused+r.Wrong > 0 {
-						n.Errorf("%s: %v: %v", what, a, r.Errs)
+						n.Errorf("%s: %v: %v", what, a, r.Errors)
 					}
 				}
 				if _, err := f.Stop(); err != nil {

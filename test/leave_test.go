@@ -95,7 +95,7 @@ func TestKillOfTheOnlyOne(t *testing.T) {
 					case r.FromCluster == 0:
 						n.Errorf("%s to %v: the cluster answered none of %d queries", name, a, r.Sent)
 					case atOnce && r.Entered > 0:
-						n.Errorf("%s to %v: %d queries sent after the kill were not answered:\n\t%s", name, a, r.Entered, strings.Join(r.Errs, "\n\t"))
+						n.Errorf("%s to %v: %d queries sent after the kill were not answered:\n\t%s", name, a, r.Entered, strings.Join(r.Errors, "\n\t"))
 					case after > 5*time.Second:
 						n.Errorf("%s to %v: a query sent %v after the kill was not answered", name, a, after)
 					}

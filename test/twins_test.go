@@ -88,7 +88,7 @@ func (t *traffic) end(what string, except ...string) {
 		for a, r := range byAddr {
 			if (r.Sent == 0 || r.Bad() > 0) && !slices.Contains(except, name) {
 				t.n.Errorf("%s: %s to %v: of %d queries %d were lost, %d refused, %d answered wrongly:\n\t%s",
-					what, name, a, r.Sent, r.Lost, r.Refused, r.Wrong, strings.Join(r.Errs, "\n\t"))
+					what, name, a, r.Sent, r.Lost, r.Refused, r.Wrong, strings.Join(r.Errors, "\n\t"))
 			}
 		}
 	}
@@ -245,7 +245,7 @@ func (t *traffic) onlyBefore(held int) {
 			lost += r.Lost
 			if r.Sent == 0 || r.Entered > 0 || r.Wrong > 0 {
 				t.n.Errorf("%s to %v: of %d queries %d sent after the kill got no answer; %d were lost in all, %d refused, %d answered wrongly:\n\t%s",
-					name, a, r.Sent, r.Entered, r.Lost, r.Refused, r.Wrong, strings.Join(r.Errs, "\n\t"))
+					name, a, r.Sent, r.Entered, r.Lost, r.Refused, r.Wrong, strings.Join(r.Errors, "\n\t"))
 			}
 		}
 	}

@@ -277,7 +277,7 @@ func measure(e event, of subject) (row string, err error) {
 	}
 	row += fmt.Sprintf(" | %d | %d |", entries, fuller-full)
 	if *verbose {
-		for _, why := range slices.Concat(t.pod.Errs, t.host.Errs, t.kept.Errs, t.own.Errs) {
+		for _, why := range slices.Concat(t.pod.Errors, t.host.Errors, t.kept.Errors, t.own.Errors) {
 			fmt.Fprintf(os.Stderr, "%s, %s: %s\n", e.name, of.name, why)
 		}
 		for _, p := range s.every {

@@ -1,14 +1,10 @@
 package lab
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"net/netip"
-	"os"
 	"slices"
-	"strconv"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -33,28 +29,17 @@ type Flow struct {
 
 // A FlowResult is what became of the queries to one address.
 type FlowResult struct {
-	Sent, Answered, FromCluster int
-	Lost, Refused, Wrong        int
+	Tally
 	// Entered is how many of the bad ones were sent after Mark.
 	Entered  int
 	FirstBad time.Time // when the first query was sent that got no right answer
 	LastBad  time.Time
-	Gap      time.Duration
-	Errs     []string // the first few of what went wrong
 	lastCame time.Time
 }
 
-// Bad is how many queries got no right answer.
-func (r *FlowResult) Bad() int { return r.Lost + r.Refused + r.Wrong }
-
 // Add adds another's numbers.
 func (r *FlowResult) Add(o *FlowResult) {
-	r.Sent += o.Sent
-	r.Answered += o.Answered
-	r.FromCluster += o.FromCluster
-	r.Lost += o.Lost
-	r.Refused += o.Refused
-	r.Wrong += o.Wrong
+	r.Tally.Add(&o.Tally)
 	r.Entered += o.Entered
 	if r.FirstBad.IsZero() || !o.FirstBad.IsZero() && o.FirstBad.Before(r.FirstBad) {
 		r.FirstBad = o.FirstBad
@@ -62,11 +47,6 @@ func (r *FlowResult) Add(o *FlowResult) {
 	if o.LastBad.After(r.LastBad) {
 		r.LastBad = o.LastBad
 	}
-	if o.Gap > r.Gap {
-		r.Gap = o.Gap
-	}
-	r.Errs = append(r.Errs, o.Errs...)
-	r.Errs = r.Errs[:min(len(r.Errs), 20)]
 }
 
 // A Flowing flow.
@@ -252,29 +232,15 @@ func (p *pump) send() error {
 // pack makes the query number n of an address.
 func (p *pump) pack(n int) ([]byte, error) {
 	f := p.flow
-	var name string
+	kind, k := Hits, n
 	// 37 has no divisor in common with 100, so that the kinds are spread evenly.
-	switch kind := n * 37 % 100; {
-	case kind < f.Slow:
-		name = fmt.Sprintf("slow-%v-%d%s.lab.", SlowFor, p.n, f.Tag)
-	case kind < f.Slow+f.Misses:
-		name = fmt.Sprintf("miss-%d%s.lab.", p.n, f.Tag)
-	default:
-		name = fmt.Sprintf("hit-%d%s.lab.", n%16, f.Tag)
+	switch share := n * 37 % 100; {
+	case share < f.Slow:
+		kind, k = Slow, p.n
+	case share < f.Slow+f.Misses:
+		kind, k = Misses, p.n
 	}
-	q := make([]byte, 280)
-	copy(q, []byte{byte(p.n >> 8), byte(p.n), 1, 0, 0, 1, 0, 0, 0, 0, 0, 0})
-	end, err := dns.PackDomainName(name, q, 12, nil, false)
-	if err != nil {
-		return nil, fmt.Errorf("packing %s: %w", name, err)
-	}
-	typ := dns.TypeA
-	if n%2 == 1 {
-		typ = dns.TypeAAAA
-	}
-	binary.BigEndian.PutUint16(q[end:], typ)
-	binary.BigEndian.PutUint16(q[end+2:], dns.ClassINET)
-	return q[:end+4], nil
+	return appendQuery(make([]byte, 0, 280), uint16(p.n), kind.name(k, f.Tag, "lab."), n)
 }
 
 // socket returns a socket to an address on which no answer is awaited.
@@ -283,13 +249,9 @@ func (p *pump) socket(to netip.Addr) (int, error) {
 		p.idle[to] = idle[1:]
 		return idle[0], nil
 	}
-	family, addr := unix.AF_INET, unix.Sockaddr(&unix.SockaddrInet4{Port: 53, Addr: [4]byte(to.AsSlice()[:4])})
-	if to.Is6() {
-		family, addr = unix.AF_INET6, &unix.SockaddrInet6{Port: 53, Addr: to.As16()}
-	}
-	fd, err := unix.Socket(family, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	fd, addr, err := openSocket(unix.SOCK_DGRAM|unix.SOCK_NONBLOCK, netip.AddrPortFrom(to, 53))
 	if err != nil {
-		return 0, fmt.Errorf("opening a socket: %w", err)
+		return 0, err
 	}
 	// Where there is no route, sending will say so too.
 	connected := unix.Connect(fd, addr) == nil
@@ -340,10 +302,7 @@ func (p *pump) read(fd int, sending bool) {
 		ttl, err := check(a.query, p.buf[:n])
 		r := p.results[a.to]
 		if err == nil {
-			r.Answered++
-			if ttl > 3600 {
-				r.FromCluster++
-			}
+			r.answered(ttl)
 			if sending {
 				r.came(time.Now())
 			}
@@ -375,14 +334,8 @@ func (p *pump) over(a *asked, err error) {
 		return
 	}
 	r := p.results[a.to]
-	switch {
-	case errors.Is(err, unix.ECONNREFUSED), errors.Is(err, unix.EHOSTUNREACH), errors.Is(err, unix.ENETUNREACH), errors.Is(err, unix.EDESTADDRREQ):
-		r.Refused++
-	case errors.Is(err, errWrong):
-		r.Wrong++
-	default:
-		r.Lost++
-	}
+	name, _, _ := dns.UnpackDomainName(a.query, 12)
+	r.failed(fmt.Errorf("%s to %v sent at %s: %w", name, a.to, a.at.Format("15:04:05.000000"), err))
 	if r.FirstBad.IsZero() || a.at.Before(r.FirstBad) {
 		r.FirstBad = a.at
 	}
@@ -391,10 +344,6 @@ func (p *pump) over(a *asked, err error) {
 	}
 	if m := p.mark.Load(); m != 0 && a.at.UnixNano() > m {
 		r.Entered++
-	}
-	if len(r.Errs) < 5 {
-		name, _, _ := dns.UnpackDomainName(a.query, 12)
-		r.Errs = append(r.Errs, fmt.Sprintf("%s to %v sent at %s: %v", name, a.to, a.at.Format("15:04:05.000000"), err))
 	}
 }
 
@@ -410,43 +359,4 @@ func (p *pump) expire() {
 		}
 	}
 	p.out = slices.Delete(p.out, 0, i)
-}
-
-// Overflows says how many datagrams the node's sockets have had no room for.
-func (l *Lab) Overflows() (int, error) {
-	total := 0
-	err := l.Node.Do(func() error {
-		// Not /proc/net: that is the main thread's namespace.
-		v4, err := os.ReadFile("/proc/thread-self/net/snmp")
-		if err != nil {
-			return err
-		}
-		v6, err := os.ReadFile("/proc/thread-self/net/snmp6")
-		if err != nil {
-			return err
-		}
-		var column int
-		for line := range strings.Lines(string(v4)) {
-			words := strings.Fields(line)
-			if words[0] != "Udp:" {
-				continue
-			}
-			if i := slices.Index(words, "RcvbufErrors"); i > 0 {
-				column = i
-			} else if n, err := strconv.Atoi(words[column]); err == nil {
-				total += n
-			}
-		}
-		for line := range strings.Lines(string(v6)) {
-			if words := strings.Fields(line); words[0] == "Udp6RcvbufErrors" {
-				n, _ := strconv.Atoi(words[1])
-				total += n
-			}
-		}
-		return nil
-	})
-	if err != nil {
-		return 0, fmt.Errorf("reading the node's counters: %w", err)
-	}
-	return total, nil
 }

@@ -11,7 +11,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/miekg/dns"
 	"golang.org/x/sys/unix"
 )
 
@@ -46,18 +45,9 @@ type Load struct {
 
 // A Result is what became of a load.
 type Result struct {
-	Sent     int
-	Answered int
-	Lost     int // no answer in time
-	Refused  int // an ICMP error, or a TCP reset to the first packet
-	Wrong    int // an answer that is not the one to the question
-	Retried  int // sent again, for the server closed the TCP connection first
-
-	FromCluster int // answers that came straight from the cluster
-
-	Gap       time.Duration // the longest time without an answer
+	Tally
+	Retried   int // sent again, for the server closed the TCP connection first
 	latencies []time.Duration
-	Errors    []string // the first few of what went wrong
 }
 
 // Latency is the time in which a share of the answers came, 0.5 for the median.
@@ -88,16 +78,9 @@ func (r *Result) AllAnswered(byCluster bool) bool {
 }
 
 func (r *Result) add(o *Result) {
-	r.Sent += o.Sent
-	r.Answered += o.Answered
-	r.Lost += o.Lost
-	r.Refused += o.Refused
-	r.Wrong += o.Wrong
+	r.Tally.Add(&o.Tally)
 	r.Retried += o.Retried
-	r.FromCluster += o.FromCluster
 	r.latencies = append(r.latencies, o.latencies...)
-	r.Errors = append(r.Errors, o.Errors...)
-	r.Errors = r.Errors[:min(len(r.Errors), 10)]
 }
 
 // Run runs the load to its end.
@@ -236,18 +219,8 @@ func (w *worker) run() error {
 		// With as many addresses as workers each worker could have one address only.
 		if err := w.ask(l.To[n%len(l.To)], q); err != nil {
 			w.close()
-			what := &w.result.Lost
-			switch {
-			case errors.Is(err, unix.ECONNREFUSED), errors.Is(err, unix.EHOSTUNREACH), errors.Is(err, unix.ENETUNREACH):
-				what = &w.result.Refused
-			case errors.Is(err, errWrong):
-				what = &w.result.Wrong
-			}
-			*what++
-			if len(w.result.Errors) < 3 {
-				w.result.Errors = append(w.result.Errors, fmt.Sprintf("query %d to %v over %s, %v after the start: %v",
-					n, l.To[n%len(l.To)], l.Proto, time.Since(w.running.begun).Round(time.Millisecond), err))
-			}
+			w.result.failed(fmt.Errorf("query %d to %v over %s, %v after the start: %w",
+				n, l.To[n%len(l.To)], l.Proto, time.Since(w.running.begun).Round(time.Millisecond), err))
 		}
 		if !l.Keep {
 			w.close()
@@ -258,33 +231,15 @@ func (w *worker) run() error {
 // pack makes the n-th query. The two bytes in front are for TCP.
 func (w *worker) pack(n int) ([]byte, error) {
 	l := w.running.load
-	var name string
-	switch l.Names {
-	case Hits:
-		name = fmt.Sprintf("hit-%d%s.%s", n%16, l.Tag, l.Zone)
-	case Misses:
-		name = fmt.Sprintf("miss-%d%s.%s", n, l.Tag, l.Zone)
-	case Slow:
-		name = fmt.Sprintf("slow-%v-%d%s.%s", SlowFor, n, l.Tag, l.Zone)
-	}
-	q := append(w.query[:0], 0, 0, byte(w.id>>8), byte(w.id), 1, 0, 0, 1, 0, 0, 0, 0, 0, 0)
-	end, err := dns.PackDomainName(name, w.query[:], len(q), nil, false)
+	q, err := appendQuery(append(w.query[:0], 0, 0), w.id, l.Names.name(n, l.Tag, l.Zone), n)
 	if err != nil {
-		return nil, fmt.Errorf("packing %s: %w", name, err)
+		return nil, err
 	}
-	typ := dns.TypeA
-	if n%2 == 1 {
-		typ = dns.TypeAAAA
-	}
-	q = append(w.query[:end], byte(typ>>8), byte(typ), 0, dns.ClassINET)
 	binary.BigEndian.PutUint16(q, uint16(len(q)-2))
 	return q, nil
 }
 
-var (
-	errWrong  = errors.New("wrong answer")
-	errClosed = errors.New("the server closed the connection")
-)
+var errClosed = errors.New("the server closed the connection")
 
 func (w *worker) ask(to netip.AddrPort, q []byte) error {
 	begun := time.Now()
@@ -303,10 +258,7 @@ func (w *worker) ask(to netip.AddrPort, q []byte) error {
 	if err != nil {
 		return err
 	}
-	w.result.Answered++
-	if ttl > 3600 {
-		w.result.FromCluster++
-	}
+	w.result.answered(ttl)
 	w.result.latencies = append(w.result.latencies, time.Since(begun))
 	w.running.answered()
 	return nil
@@ -331,12 +283,9 @@ func (w *worker) connect(to netip.AddrPort) (err error) {
 	if l.Proto == "tcp" {
 		typ = unix.SOCK_STREAM
 	}
-	family, addr := unix.AF_INET, unix.Sockaddr(&unix.SockaddrInet4{Port: int(to.Port()), Addr: [4]byte(to.Addr().AsSlice()[:4])})
-	if to.Addr().Is6() {
-		family, addr = unix.AF_INET6, &unix.SockaddrInet6{Port: int(to.Port()), Addr: to.Addr().As16()}
-	}
-	if w.fd, err = unix.Socket(family, typ|unix.SOCK_CLOEXEC, 0); err != nil {
-		return fmt.Errorf("opening a socket: %w", err)
+	var addr unix.Sockaddr
+	if w.fd, addr, err = openSocket(typ, to); err != nil {
+		return err
 	}
 	w.to, w.used = to, 1
 	timeout := unix.NsecToTimeval(l.Timeout.Nanoseconds())
@@ -424,49 +373,4 @@ func (w *worker) readTCP() ([]byte, error) {
 		}
 	}
 	return w.buf[2:want], nil
-}
-
-// retry repeats a system call that a signal interrupted: the runtime sends itself
-// signals.
-func retry(call func() error) error {
-	for {
-		if err := call(); !errors.Is(err, unix.EINTR) {
-			return err
-		}
-	}
-}
-
-// check compares an answer with its query, and returns its TTL.
-func check(q, a []byte) (ttl uint32, err error) {
-	if len(a) < len(q) {
-		return 0, fmt.Errorf("%w: %d bytes", errWrong, len(a))
-	}
-	if rcode := a[3] & 0xf; a[2]&0x80 == 0 || rcode != dns.RcodeSuccess {
-		return 0, fmt.Errorf("%w: flags %x, %s", errWrong, a[2:4], dns.RcodeToString[int(rcode)])
-	}
-	if string(a[12:len(q)]) != string(q[12:]) || binary.BigEndian.Uint16(a[4:]) != 1 {
-		return 0, fmt.Errorf("%w: another question", errWrong)
-	}
-	if binary.BigEndian.Uint16(a[6:]) != 1 {
-		return 0, fmt.Errorf("%w: %d records", errWrong, binary.BigEndian.Uint16(a[6:]))
-	}
-	rr, _, err := dns.UnpackRR(a, len(q))
-	if err != nil {
-		return 0, fmt.Errorf("%w: %w", errWrong, err)
-	}
-	typ := binary.BigEndian.Uint16(q[len(q)-4:])
-	if rr.Header().Rrtype != typ {
-		return 0, fmt.Errorf("%w: %v", errWrong, rr)
-	}
-	switch rr := rr.(type) {
-	case *dns.A:
-		if !rr.A.Equal(clusterA) {
-			return 0, fmt.Errorf("%w: %v", errWrong, rr)
-		}
-	case *dns.AAAA:
-		if !rr.AAAA.Equal(clusterAAAA) {
-			return 0, fmt.Errorf("%w: %v", errWrong, rr)
-		}
-	}
-	return rr.Header().Ttl, nil
 }
