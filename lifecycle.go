@@ -285,6 +285,16 @@ func inForce(cfg *config) bool {
 	return slices.ContainsFunc(caddy.Instances(), func(i *caddy.Instance) bool { return configOf(i) == cfg })
 }
 
+// isInForce tells whether a configuration is, and whether it will not be again.
+func (n *node) isInForce(cfg *config) (is, over bool) {
+	n.do(func() error {
+		is = n.life.InForce == cfg && !n.exited()
+		over = !n.life.Has(cfg) || n.exited()
+		return nil
+	})
+	return is, over
+}
+
 // configOf returns the config of an instance, or nil where no block of it has nodecache.
 func configOf(i *caddy.Instance) *config {
 	i.StorageMu.RLock()

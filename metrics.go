@@ -10,7 +10,6 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promauto"
 
 	"github.com/contentful-labs/coredns-nodecache/internal/desired"
-
 	"github.com/contentful-labs/coredns-nodecache/internal/nodelinks"
 	"github.com/contentful-labs/coredns-nodecache/internal/outlive"
 	"github.com/contentful-labs/coredns-nodecache/internal/peers"
@@ -75,12 +74,6 @@ var (
 		Name:      "sync_interval_seconds",
 		Help:      "Gauge of the seconds between two checks.",
 	})
-	_ = promauto.NewGaugeFunc(prometheus.GaugeOpts{
-		Namespace: plugin.Namespace,
-		Subsystem: directiveName,
-		Name:      "ports_taken",
-		Help:      "Gauge of the ports that other plugins of this process can't listen on yet, as another program has them.",
-	}, func() float64 { return float64(latest.Load().missing()) })
 	info = promauto.NewGaugeVec(prometheus.GaugeOpts{
 		Namespace: plugin.Namespace,
 		Subsystem: directiveName,

@@ -325,13 +325,3 @@ func netlinkAddr(a netip.Addr) *netlink.Addr {
 	}
 	return x
 }
-
-// hasNetAdmin tells whether this process has the capability NET_ADMIN in effect.
-func hasNetAdmin() (bool, error) {
-	head := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
-	var data [2]unix.CapUserData
-	if err := unix.Capget(&head, &data[0]); err != nil {
-		return false, fmt.Errorf("reading the capabilities of this process: %w", err)
-	}
-	return data[0].Effective&(1<<unix.CAP_NET_ADMIN) != 0, nil
-}

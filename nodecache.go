@@ -21,7 +21,7 @@
 //     reads as before.
 //  8. IPv4 and IPv6 are equals, in one process and in one server block.
 //
-// setup.go reads the directive into a config (state.go); node.go owns what the process has
+// setup.go reads the directive into a config (config.go); node.go owns what the process has
 // on the node and is the only one to change it, through netif.go (the interface and its
 // addresses) and a firewall (iptables.go, nftables.go). docs/architecture.md has the rest.
 package nodecache

@@ -2,94 +2,48 @@ package nodecache
 
 import (
 	"fmt"
-	"slices"
-	"strings"
+	"net"
 	"testing"
 
-	"github.com/coredns/caddy/caddyfile"
+	"github.com/coredns/coredns/core/dnsserver"
+
+	_ "github.com/coredns/coredns/plugin/pprof"
+	_ "github.com/coredns/coredns/plugin/ready"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/desired"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/sockets"
 )
 
-// What the other plugins will listen on is read as they read it themselves.
-func TestPortsOfOtherPlugins(t *testing.T) {
-	for _, test := range []struct {
-		line string
-		want string
-	}{
-		{"health", "Corefile:2 [::]:8080/tcp"},
-		{"health {\n lameduck 5s\n}", "Corefile:2 [::]:8080/tcp"},
-		{"health 10.0.0.1:1", "Corefile:2 10.0.0.1:1/tcp"},
-		{"health 0.0.0.0:1", "Corefile:2 [::]:1/tcp"}, // for Go it is the address of both families
-		{"health [fd00::1]:1 {\n lameduck 5s\n}", "Corefile:2 [fd00::1]:1/tcp"},
-		{"ready", "Corefile:2 [::]:8181/tcp"},
-		{"ready :1 {\n monitor continuously\n}", "Corefile:2 [::]:1/tcp"},
-		{"prometheus", "Corefile:2 127.0.0.1:9153/tcp"},
-		{"prometheus [::1]:1 {\n tls web.yaml\n}", "Corefile:2 [::1]:1/tcp"},
-		{"pprof", "Corefile:2 127.0.0.1:6053/tcp"},
-		{"pprof 127.0.0.1:http", "Corefile:2 127.0.0.1:80/tcp"},
-		{"dnstap listen tcp://127.0.0.1:1 full\ndnstap listen tls://127.0.0.1:2 {\n tls a b\n}", "Corefile:2 127.0.0.1:1/tcp, Corefile:3 127.0.0.1:2/tcp"},
-		// Nothing that could be tried.
-		{"dnstap tcp://127.0.0.1:1 full", ""},
-		{"dnstap /tmp/dnstap.sock full", ""},
-		{"dnstap listen unix:///tmp/dnstap.sock", ""},
-		{"health nonsense", ""},
-		{"health 127.0.0.1:99999", ""},
-		{"health \"a b:1\"", ""},
-		{"health [fe80::1%lo]:1", ""},
-	} {
-		names := []string{"health", "ready", "prometheus", "pprof", "dnstap"}
-		blocks, err := caddyfile.Parse("Corefile", strings.NewReader(".:53 {\n"+test.line+"\n}\n"), names)
-		must(t, err)
-		var got []string
-		for _, name := range names {
-			tokens := caddyfile.NewDispenserTokens("Corefile", blocks[0].Tokens[name])
-			for _, p := range pluginPorts(name, standardPorts[name], tokens) {
-				if p.e.Port != 0 {
-					got = append(got, p.at+" "+p.e.String())
-				}
-			}
-		}
-		if got := strings.Join(got, ", "); got != test.want {
-			t.Errorf("with %q other plugins listen on %q, want %q", test.line, got, test.want)
-		}
-	}
-}
-
-func TestServerBlockIsNamedByItsFirstLine(t *testing.T) {
-	blocks, err := caddyfile.Parse("Corefile", strings.NewReader(".:53 {\n\nwhoami\nbind 10.0.0.1\n}\n"), []string{"bind", "whoami"})
-	must(t, err)
-	if got := begin("Corefile", blocks[0]); got != "Corefile:3" {
-		t.Errorf("the block is at %s", got)
-	}
-	for _, ts := range blocks[0].Tokens {
-		for i := range ts {
-			ts[i].File = "custom"
-		}
-	}
-	if got := begin("Corefile", blocks[0]); got != "custom:3" {
-		t.Errorf("the imported block is at %s", got)
-	}
-}
-
-// The blocks without nodecache are tried as well, all of their keys, and each port once.
-func TestPortsOfOtherBlocks(t *testing.T) {
+// Plugins that begin to listen while CoreDNS serves and is reloaded get in nobody's way.
+func TestLatecomersListenAmidReloads(t *testing.T) {
 	c := newCoreDNS(t)
-	must(t, c.start(serverBlock("example.org", "", "169.254.20.10")+
-		"a.test:5301 b.test:5302 tls://c.test {\nbind 127.0.0.1 ::1\nwhoami\n}\nd.test:5301 {\nbind 127.0.0.1\nwhoami\n}\n. {\nwhoami\n}\n"))
-	c.instance.StorageMu.RLock()
-	l := c.instance.Storage[latecomersKey{}].(*latecomers)
-	c.instance.StorageMu.RUnlock()
-	var got []string
-	for _, p := range l.ports {
-		got = append(got, fmt.Sprintf("%s %s", p.at, p.e))
+	dnsserver.Directives = []string{"bind", "nodecache", "ready", "pprof", "whoami"}
+	var held []net.Listener
+	var at []desired.Endpoint
+	for range 2 {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		must(t, err)
+		t.Cleanup(func() { l.Close() })
+		held = append(held, l)
+		at = append(at, desired.Endpoint{Addr: addr("127.0.0.1"), Proto: "tcp", Port: l.Addr().(*net.TCPAddr).AddrPort().Port()})
 	}
-	want := []string{}
-	for _, port := range []string{"5301/udp", "5301/tcp", "5302/udp", "5302/tcp", "853/tcp"} {
-		want = append(want, "Corefile:10 127.0.0.1:"+port, "Corefile:10 [::1]:"+port)
+	corefile := serverBlock("example.org", "", "169.254.20.10") +
+		fmt.Sprintf("example.net:5399 {\nbind 127.0.0.1\nready %s\npprof %s\n}\n", held[0].Addr(), held[1].Addr())
+	must(t, c.start(corefile))
+	t.Cleanup(func() { c.instance.ShutdownCallbacks() })
+	missing := func(want int) func() bool {
+		return func() bool { return exported(t, "ports_taken") == float64(want) }
 	}
-	want = append(want, "Corefile:18 [::]:53/udp", "Corefile:18 [::]:53/tcp")
-	slices.Sort(got)
-	slices.Sort(want)
-	if !slices.Equal(got, want) {
-		t.Errorf("other blocks listen on\n%s\nwant\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
-	}
+	must(t, c.reload(corefile))
+	eventually(t, "both wait", missing(2))
+	held[0].Close()
+	eventually(t, "ready listens", missing(1))
+	wantError(t, c.reload(corefile+"example.com:5399 {\nbind 192.0.2.77\n}\n"), "cannot assign requested address")
+	eventually(t, "pprof waits still", missing(1))
+	held[1].Close()
+	must(t, c.reload(corefile))
+	eventually(t, "both listen", missing(0))
+	eventually(t, "there are sockets", func() bool { ok, err := sockets.Listening(at); return ok && err == nil })
+	c.wantAnswers("169.254.20.10")
 }

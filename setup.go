@@ -1,11 +1,7 @@
 package nodecache
 
 import (
-	"cmp"
-	"errors"
 	"fmt"
-	"net/netip"
-	"os/exec"
 	"slices"
 	"strconv"
 	"strings"
@@ -14,12 +10,11 @@ import (
 	"github.com/coredns/caddy"
 	"github.com/coredns/coredns/core/dnsserver"
 	"github.com/coredns/coredns/plugin"
-	"github.com/coredns/coredns/plugin/pkg/transport"
 	"github.com/miekg/dns"
 
-	"github.com/contentful-labs/coredns-nodecache/internal/desired"
 	"github.com/contentful-labs/coredns-nodecache/internal/fastpath"
-	"github.com/contentful-labs/coredns-nodecache/internal/nodelinks"
+	"github.com/contentful-labs/coredns-nodecache/internal/loops"
+	"github.com/contentful-labs/coredns-nodecache/internal/otherports"
 )
 
 func init() {
@@ -70,25 +65,25 @@ func setup(c *caddy.Controller) error {
 		return plugin.Error(directiveName, err)
 	}
 	if !ok {
-		if err := checkUpstreams(c.Context()); err != nil {
+		if err := loops.Guard(c.Context()); err != nil {
 			return plugin.Error(directiveName, err)
 		}
 		c.Set(configKey{}, cfg)
-		late, err := newLatecomers(c, cfg)
+		late, err := otherports.New(c, func() (is, over bool) { return theNode.isInForce(cfg) })
 		if err != nil {
 			return plugin.Error(directiveName, err)
 		}
 		ctx := c.Context()
 		c.OnStartup(func() error { theNode.tcp.Start(); return nil })
 		c.OnStartup(func() error { return wrap(cfg.attachFast(ctx)) })
-		c.OnStartup(func() error { return wrap(late.start()) })
+		c.OnStartup(func() error { return wrap(late.Start()) })
 		c.OnStartup(func() error { return wrap(theNode.start(cfg)) })
-		c.OnStartup(late.watch)
-		c.OnRestart(late.yield)
+		c.OnStartup(late.Watch)
+		c.OnRestart(late.Yield)
 		c.OnRestart(func() error { theNode.restarting(cfg, true); return nil })
 		c.OnRestartFailed(func() error { theNode.restarting(cfg, false); theNode.revert(cfg); return nil })
-		c.OnRestartFailed(late.resume)
-		c.OnShutdown(late.yield)
+		c.OnRestartFailed(late.Resume)
+		c.OnShutdown(late.Yield)
 		c.OnShutdown(func() error { theNode.replaced(cfg); return nil })
 	}
 	fast := b.fast
@@ -145,11 +140,6 @@ type block struct {
 }
 
 func position(c *caddy.Controller) string { return c.File() + ":" + strconv.Itoa(c.Line()) }
-
-// errorAt has the form of the errors of caddy's parser.
-func errorAt(at, format string, args ...any) error {
-	return fmt.Errorf("%s - Error during parsing: %w", at, fmt.Errorf(format, args...))
-}
 
 // parse reads
 //
@@ -256,189 +246,4 @@ func badLinkName(name string) string {
 		return "it has a slash, a colon, a percent sign or a blank"
 	}
 	return ""
-}
-
-// add puts one server block's demands into c: b its directive, hosts what its
-// bind resolved to, keys its zones in the form dns://zone:port.
-func (c *config) add(b *block, hosts, keys []string) error {
-	if b.fast != nil {
-		c.fast = append(c.fast, b)
-	}
-	if len(hosts) == 0 || hosts[0] == "" {
-		return errorAt(b.at, "nodecache needs the addresses of a bind in the same server block, such as: bind 169.254.20.10")
-	}
-	l := c.links[b.link]
-	if l == nil {
-		l = &linkConfig{backend: backendAuto, sync: defaultSync}
-		c.links[b.link] = l
-	}
-	if b.backendAt != "" {
-		if l.backendAt != "" && l.backend != b.backend {
-			return errorAt(b.backendAt, "firewall %s here, but %s at %s for the same interface %s", b.backend, l.backend, l.backendAt, b.link)
-		}
-		l.backend, l.backendAt = b.backend, b.backendAt
-	}
-	if b.syncAt != "" {
-		if l.syncAt != "" && l.sync != b.sync {
-			return errorAt(b.syncAt, "sync %s here, but %s at %s for the same interface %s", b.sync, l.sync, l.syncAt, b.link)
-		}
-		l.sync, l.syncAt = b.sync, b.syncAt
-	}
-	var addrs []netip.Addr
-	for _, host := range hosts {
-		a, err := parseAddr(host)
-		if err != nil {
-			return errorAt(b.at, "bind %s: %w", host, err)
-		}
-		if a.Zone() != "" {
-			continue // from an interface's name in bind; nobody is pointed there
-		}
-		if p := c.addrs[a]; p == nil {
-			c.addrs[a] = &placed{link: b.link, at: b.at, keep: b.skipteardown}
-		} else if p.link != b.link {
-			return errorAt(cmp.Or(b.ifaceAt, b.at), "interface %s here, but %s at %s for the same address %s", b.link, p.link, p.at, a)
-		} else {
-			p.keep = p.keep || b.skipteardown
-		}
-		addrs = append(addrs, a)
-	}
-	var es []desired.Endpoint
-	for _, key := range keys {
-		protos, port, err := parseKey(key)
-		if err != nil {
-			return errorAt(b.at, "reading the server block's key %s: %w", key, err)
-		}
-		if b.fast != nil {
-			b.fast.Ports = append(b.fast.Ports, strconv.Itoa(int(port)))
-		}
-		for _, a := range addrs {
-			for _, proto := range protos {
-				e := desired.Endpoint{Addr: a, Proto: proto, Port: port}
-				es = append(es, e)
-				if b.fast != nil && proto == "udp" && len(protos) == 2 { // dns://
-					at := netip.AddrPortFrom(a, port)
-					c.fastAt[at] = max(c.fastAt[at], b.fast.Entries)
-				}
-			}
-		}
-	}
-	for _, a := range addrs {
-		for _, port := range b.extra {
-			es = append(es, desired.Endpoint{Addr: a, Proto: "tcp", Port: port, Extra: true})
-		}
-	}
-	for _, e := range es {
-		if e.Extra && c.wants[desired.Endpoint{Addr: e.Addr, Proto: e.Proto, Port: e.Port}] != nil {
-			continue // CoreDNS itself listens there, the stricter guard serves
-		}
-		delete(c.wants, desired.Endpoint{Addr: e.Addr, Proto: e.Proto, Port: e.Port, Extra: !e.Extra})
-		if o := c.wants[e]; o != nil {
-			o.keep = o.keep || b.skipteardown
-		} else {
-			c.wants[e] = &endpointOf{link: b.link, at: b.at, keep: b.skipteardown}
-		}
-	}
-	return nil
-}
-
-// parseAddr reads one address of bind and refuses those that can't be put on an
-// interface or asked by a client.
-func parseAddr(s string) (netip.Addr, error) {
-	a, err := netip.ParseAddr(s)
-	switch {
-	case err != nil:
-		return a, err
-	case a.IsUnspecified():
-		return a, errors.New("the wildcard address can't be put on an interface; name the addresses, such as 169.254.20.10")
-	case a.Is4In6():
-		return a, fmt.Errorf("an IPv4-mapped IPv6 address; write %s", a.Unmap())
-	case a.IsMulticast() || a == netip.AddrFrom4([4]byte{255, 255, 255, 255}):
-		return a, errors.New("a multicast or broadcast address; clients of a cache need a unicast address")
-	case a.Is6() && a.IsLinkLocalUnicast() && a.Zone() == "":
-		return a, errors.New("a link-local IPv6 address is good for one link only and needs a zone, which bind does not take; use a unique local address, such as fd00:20::10")
-	}
-	return a, nil
-}
-
-// parseKey reads a server block's key, such as dns://cluster.local.:53, and
-// returns what its transport is served over.
-func parseKey(key string) (protos []string, port uint16, err error) {
-	trans, rest, found := strings.Cut(key, "://")
-	if !found {
-		trans, rest = transport.DNS, key
-	}
-	switch trans {
-	case transport.DNS:
-		protos = []string{"udp", "tcp"}
-	case transport.TLS, transport.GRPC, transport.HTTPS:
-		protos = []string{"tcp"}
-	case transport.QUIC, transport.HTTPS3:
-		protos = []string{"udp"}
-	default:
-		return nil, 0, fmt.Errorf("nodecache does not know the transport %s", trans)
-	}
-	s := dnsserver.Port
-	if i := strings.LastIndexByte(rest, ':'); i >= 0 {
-		s = rest[i+1:]
-	}
-	p, err := strconv.ParseUint(s, 10, 16)
-	if err != nil || p == 0 {
-		return nil, 0, fmt.Errorf("%q is no port", s)
-	}
-	return protos, uint16(p), nil
-}
-
-// check looks at this machine, without changing it, for what would make the
-// block's demands fail later. ours are the links of the configuration in force.
-func (c *config) check(b *block, ours []string) error {
-	l := c.links[b.link]
-	if b.link != noInterface || l.backend != backendNone {
-		if ok, err := hasNetAdmin(); err == nil && !ok {
-			return errorAt(b.at, "making an interface and firewall rules needs the capability NET_ADMIN: run as root, or add NET_ADMIN to the container's securityContext.capabilities")
-		}
-	}
-	if l.backend == backendIPT {
-		for _, bin := range c.binaries(b.link) {
-			if _, err := exec.LookPath(bin); err != nil {
-				return errorAt(cmp.Or(l.backendAt, b.at), "firewall iptables: finding the program %s: %w; install the package iptables, or use firewall nftables", bin, err)
-			}
-		}
-	}
-	if b.link != noInterface {
-		if err := checkLink(b.link, slices.Contains(ours, b.link)); err != nil {
-			return errorAt(cmp.Or(b.ifaceAt, b.at), "interface %s: %w", b.link, err)
-		}
-	}
-	carriers, err := nodelinks.Carriers()
-	if err != nil {
-		return errorAt(b.at, "%w", err)
-	}
-	for a, p := range c.addrs {
-		if p.link != b.link {
-			continue
-		}
-		others := slices.DeleteFunc(slices.Clone(carriers[a]), func(n string) bool { return n == p.link || slices.Contains(ours, n) })
-		if slices.Contains(others, nodelinks.IPVS) {
-			return errorAt(p.at, "bind %s: the link %s carries this address, so IPVS takes its queries before any listener sees them; with kube-proxy in IPVS mode bind only a link-local address, such as 169.254.20.10", a, nodelinks.IPVS)
-		}
-		p.foreign = len(others) > 0
-		if b.link == noInterface && len(carriers[a]) == 0 {
-			return errorAt(p.at, "bind %s: no link of this node carries the address, and interface none leaves it to somebody else to put it there", a)
-		}
-	}
-	return nil
-}
-
-// binaries returns the iptables programs that the addresses of a link need.
-func (c *config) binaries(link string) []string {
-	var bins []string
-	for _, f := range []family{ipv4, ipv6} {
-		for a, p := range c.addrs {
-			if p.link == link && familyOf(a) == f {
-				bins = append(bins, f.program(), f.program()+"-save", f.program()+"-restore")
-				break
-			}
-		}
-	}
-	return bins
 }

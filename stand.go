@@ -12,6 +12,7 @@ import (
 	"github.com/contentful-labs/coredns-nodecache/internal/desired"
 	"github.com/contentful-labs/coredns-nodecache/internal/life"
 	"github.com/contentful-labs/coredns-nodecache/internal/nodelinks"
+	"github.com/contentful-labs/coredns-nodecache/internal/serverblocks"
 	"github.com/contentful-labs/coredns-nodecache/internal/sockets"
 )
 
@@ -50,7 +51,7 @@ func (n *node) prepare(cfg *config, want desired.State) (made, error) {
 			continue
 		}
 		if err := sockets.TryPort(e); err != nil {
-			return added, errorAt(cfg.wants[e].at, "%w", err)
+			return added, serverblocks.ErrorAt(cfg.wants[e].at, "%w", err)
 		}
 	}
 	for name, addrs := range want.Links {

@@ -6,10 +6,13 @@ import (
 	"bytes"
 	"fmt"
 	"reflect"
+	"strconv"
+	"strings"
 
 	"github.com/coredns/caddy"
 	"github.com/coredns/caddy/caddyfile"
 	"github.com/coredns/coredns/core/dnsserver"
+	"github.com/coredns/coredns/plugin/pkg/transport"
 )
 
 // Read returns the Corefile that is being set up as its tokens, imports and
@@ -51,4 +54,38 @@ func Configs(ctx caddy.Context) ([]*dnsserver.Config, error) {
 		all = append(all, (*dnsserver.Config)(f.Index(i).UnsafePointer()))
 	}
 	return all, nil
+}
+
+// ParseKey reads a server block's key, such as dns://cluster.local.:53, and
+// returns what its transport is served over.
+func ParseKey(key string) (protos []string, port uint16, err error) {
+	trans, rest, found := strings.Cut(key, "://")
+	if !found {
+		trans, rest = transport.DNS, key
+	}
+	switch trans {
+	case transport.DNS:
+		protos = []string{"udp", "tcp"}
+	case transport.TLS, transport.GRPC, transport.HTTPS:
+		protos = []string{"tcp"}
+	case transport.QUIC, transport.HTTPS3:
+		protos = []string{"udp"}
+	default:
+		return nil, 0, fmt.Errorf("nodecache does not know the transport %s", trans)
+	}
+	s := dnsserver.Port
+	if i := strings.LastIndexByte(rest, ':'); i >= 0 {
+		s = rest[i+1:]
+	}
+	p, err := strconv.ParseUint(s, 10, 16)
+	if err != nil || p == 0 {
+		return nil, 0, fmt.Errorf("%q is no port", s)
+	}
+	return protos, uint16(p), nil
+}
+
+// ErrorAt is an error of what stands at a position, "file:line". It has the form of those of
+// caddy's parser.
+func ErrorAt(at, format string, args ...any) error {
+	return fmt.Errorf("%s - Error during parsing: %w", at, fmt.Errorf(format, args...))
 }

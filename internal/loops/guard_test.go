@@ -1,4 +1,4 @@
-package nodecache
+package loops
 
 import (
 	"context"
@@ -13,6 +13,8 @@ import (
 	"github.com/coredns/coredns/plugin"
 	"github.com/coredns/coredns/plugin/test"
 	"github.com/miekg/dns"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/testkit"
 )
 
 // askedFrom is the writer of a query that came over UDP from an address.
@@ -26,9 +28,7 @@ func (w *askedFrom) RemoteAddr() net.Addr { return w.addr }
 func newGuards(count int) []*guard {
 	group := &guards{underWay: new(atomic.Int64)}
 	for range count {
-		g := &guard{at: "Corefile:1", group: group, asked: map[nameType]int{}, askedBy: map[asker]int{},
-			said: map[string]time.Time{}, unsaid: map[string]int{}}
-		group.all = append(group.all, g)
+		group.add("Corefile:1")
 	}
 	return group.all
 }
@@ -100,7 +100,7 @@ func wantNothingUnderWay(t *testing.T, gs []*guard) {
 func ownSocket(t *testing.T) string {
 	t.Helper()
 	c, err := net.Dial("udp", "127.0.0.1:9")
-	must(t, err)
+	testkit.Must(t, err)
 	t.Cleanup(func() { c.Close() })
 	return c.LocalAddr().String()
 }

@@ -1,17 +1,14 @@
-package nodecache
+package loops
 
 import (
 	"context"
 	"fmt"
 	"net/netip"
-	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 
-	"github.com/coredns/caddy"
-	"github.com/coredns/coredns/core/dnsserver"
 	"github.com/coredns/coredns/plugin"
 	"github.com/miekg/dns"
 	"github.com/prometheus/client_golang/prometheus"
@@ -44,7 +41,7 @@ const (
 
 var refused = promauto.NewCounterVec(prometheus.CounterOpts{
 	Namespace: plugin.Namespace,
-	Subsystem: directiveName,
+	Subsystem: "nodecache",
 	Name:      "refused_total",
 	Help:      "Counter of queries that were refused because an upstream had sent them back, or because too many were under way.",
 }, []string{"reason"})
@@ -93,7 +90,14 @@ type guards struct {
 	renames  bool          // a query may come back under another name
 }
 
-var allUnderWay atomic.Int64
+var underWayInAll atomic.Int64
+
+// add adds the guard of another server block.
+func (group *guards) add(at string) *guard {
+	g := &guard{at: at, group: group, asked: map[nameType]int{}, askedBy: map[asker]int{}, said: map[string]time.Time{}, unsaid: map[string]int{}}
+	group.all = append(group.all, g)
+	return g
+}
 
 // A guarded is a guard in one of the chains of plugins that CoreDNS makes of a block.
 type guarded struct {
@@ -241,75 +245,4 @@ func (g *guard) refuse(why string, q nameType, from source) {
 	case refusedLimit:
 		log.Errorf("%s: too many queries wait for upstreams, and more are refused (%s, and %d others since it was last said): the upstreams answer too slowly or not at all", g.at, what, n-1)
 	}
-}
-
-// pendingGuards are those of the Corefile that is being set up.
-var pendingGuards struct {
-	ctx    caddy.Context
-	routes []*route
-	guards []*guard
-}
-
-// checkUpstreams refuses a Corefile by which a query would feed itself, and has the guards
-// put in, for what no Corefile shows. The binds of all server blocks have been read.
-func checkUpstreams(ctx caddy.Context) error {
-	all, err := routesOf(ctx, dnsserver.Directives)
-	if err != nil {
-		log.Warningf("this build has a CoreDNS that nodecache does not know, so loops are not looked for: %v", err)
-		return nil
-	}
-	rs := newRouting(all)
-	if err := rs.check(); err != nil {
-		return err
-	}
-	guardUpstreams(ctx, rs)
-	return nil
-}
-
-// guardUpstreams has the guards put into all server blocks that ask upstreams, once it is
-// their turn. The plugin loop can end the process from any of them.
-func guardUpstreams(ctx caddy.Context, rs routing) {
-	group := &guards{underWay: &allUnderWay}
-	pendingGuards.ctx, pendingGuards.routes, pendingGuards.guards = ctx, nil, nil
-	for _, r := range rs.all {
-		group.renames = group.renames || r.renames
-		if len(r.stanzas) == 0 && !r.loop {
-			continue
-		}
-		g := &guard{
-			at: r.name, loop: r.loop, group: group,
-			asked: map[nameType]int{}, askedBy: map[asker]int{}, said: map[string]time.Time{}, unsaid: map[string]int{},
-		}
-		if len(r.stanzas) > 0 {
-			g.at = r.stanzas[0].at
-		}
-		group.all = append(group.all, g)
-		pendingGuards.routes = append(pendingGuards.routes, r)
-	}
-	pendingGuards.guards = group.all
-	registerGuards(dnsserver.Directives)
-}
-
-// guardsAfter are the directives after which caddy calls us.
-var guardsAfter = map[string]bool{}
-
-// registerGuards has caddy call us when all plugins before loop and the forwarders have been
-// set up: their handlers run in that order.
-func registerGuards(directives []string) {
-	first := slices.IndexFunc(directives, func(d string) bool { return d == "loop" || slices.Contains(forwarders, d) })
-	if first < 1 || guardsAfter[directives[first-1]] {
-		return
-	}
-	guardsAfter[directives[first-1]] = true
-	caddy.RegisterParsingCallback("dns", directives[first-1], func(ctx caddy.Context) error {
-		if ctx != pendingGuards.ctx {
-			return nil // a Corefile without nodecache
-		}
-		for i, r := range pendingGuards.routes {
-			g := pendingGuards.guards[i]
-			r.configs[0].AddPlugin(func(next plugin.Handler) plugin.Handler { return guarded{g, next} })
-		}
-		pendingGuards.ctx, pendingGuards.routes, pendingGuards.guards = nil, nil, nil
-		return nil
-	})
 }

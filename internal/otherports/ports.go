@@ -1,4 +1,7 @@
-package nodecache
+// Package otherports is the ports that a Corefile makes CoreDNS listen on beside those of server
+// blocks with nodecache: they are tried before anything is put on the node, and plugins without
+// which DNS can be served have their start put off until another program gives theirs up.
+package otherports
 
 import (
 	"cmp"
@@ -13,14 +16,19 @@ import (
 	"github.com/coredns/caddy"
 	"github.com/coredns/caddy/caddyfile"
 	"github.com/coredns/coredns/core/dnsserver"
+	clog "github.com/coredns/coredns/plugin/pkg/log"
 	"golang.org/x/sys/unix"
 
 	"github.com/contentful-labs/coredns-nodecache/internal/desired"
-
 	"github.com/contentful-labs/coredns-nodecache/internal/nodelinks"
 	"github.com/contentful-labs/coredns-nodecache/internal/serverblocks"
 	"github.com/contentful-labs/coredns-nodecache/internal/sockets"
 )
+
+var log = clog.NewWithPlugin(directive)
+
+// directive is the name of nodecache in a Corefile.
+const directive = "nodecache"
 
 // lookupLimit bounds the wait for the address of a name, which can be asked of ourselves.
 const lookupLimit = 2 * time.Second
@@ -70,7 +78,7 @@ func otherPorts(c *caddy.Controller) (ports []otherPort, uses map[string][]other
 				uses[name] = append(uses[name], p)
 			}
 		}
-		if len(b.Tokens[directiveName]) > 0 {
+		if len(b.Tokens[directive]) > 0 {
 			continue
 		}
 		at := begin(file, b)
@@ -131,7 +139,7 @@ func blockPorts(c *caddy.Controller, i, keys int) (es []desired.Endpoint) {
 	hosts := dnsserver.GetConfig(&of).ListenHosts
 	for of.ServerBlockKeyIndex = range keys {
 		key := dnsserver.GetConfig(&of)
-		protos, _, err := parseKey(key.Transport + "://:" + key.Port)
+		protos, _, err := serverblocks.ParseKey(key.Transport + "://:" + key.Port)
 		if err != nil {
 			continue // a transport that only CoreDNS knows
 		}
@@ -215,7 +223,7 @@ func tryOthers(ports []otherPort) (late map[otherPort][]error, taken error) {
 		if optional(p.plugin) {
 			late[p.together()] = append(late[p.together()], fmt.Errorf("%s - %w", p.at, err))
 		} else if taken == nil {
-			taken = errorAt(p.at, "%w", err)
+			taken = serverblocks.ErrorAt(p.at, "%w", err)
 		}
 	}
 	return late, taken

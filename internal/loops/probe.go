@@ -1,4 +1,4 @@
-package nodecache
+package loops
 
 import (
 	"context"

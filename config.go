@@ -2,10 +2,12 @@ package nodecache
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"maps"
 	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -68,6 +70,108 @@ func newConfig() *config {
 	return &config{links: map[string]*linkConfig{}, addrs: map[netip.Addr]*placed{}, wants: map[desired.Endpoint]*endpointOf{}, fastAt: map[netip.AddrPort]int{}}
 }
 
+// add puts one server block's demands into c: b its directive, hosts what its
+// bind resolved to, keys its zones in the form dns://zone:port.
+func (c *config) add(b *block, hosts, keys []string) error {
+	if b.fast != nil {
+		c.fast = append(c.fast, b)
+	}
+	if len(hosts) == 0 || hosts[0] == "" {
+		return serverblocks.ErrorAt(b.at, "nodecache needs the addresses of a bind in the same server block, such as: bind 169.254.20.10")
+	}
+	l := c.links[b.link]
+	if l == nil {
+		l = &linkConfig{backend: backendAuto, sync: defaultSync}
+		c.links[b.link] = l
+	}
+	if b.backendAt != "" {
+		if l.backendAt != "" && l.backend != b.backend {
+			return serverblocks.ErrorAt(b.backendAt, "firewall %s here, but %s at %s for the same interface %s", b.backend, l.backend, l.backendAt, b.link)
+		}
+		l.backend, l.backendAt = b.backend, b.backendAt
+	}
+	if b.syncAt != "" {
+		if l.syncAt != "" && l.sync != b.sync {
+			return serverblocks.ErrorAt(b.syncAt, "sync %s here, but %s at %s for the same interface %s", b.sync, l.sync, l.syncAt, b.link)
+		}
+		l.sync, l.syncAt = b.sync, b.syncAt
+	}
+	var addrs []netip.Addr
+	for _, host := range hosts {
+		a, err := parseAddr(host)
+		if err != nil {
+			return serverblocks.ErrorAt(b.at, "bind %s: %w", host, err)
+		}
+		if a.Zone() != "" {
+			continue // from an interface's name in bind; nobody is pointed there
+		}
+		if p := c.addrs[a]; p == nil {
+			c.addrs[a] = &placed{link: b.link, at: b.at, keep: b.skipteardown}
+		} else if p.link != b.link {
+			return serverblocks.ErrorAt(cmp.Or(b.ifaceAt, b.at), "interface %s here, but %s at %s for the same address %s", b.link, p.link, p.at, a)
+		} else {
+			p.keep = p.keep || b.skipteardown
+		}
+		addrs = append(addrs, a)
+	}
+	var es []desired.Endpoint
+	for _, key := range keys {
+		protos, port, err := serverblocks.ParseKey(key)
+		if err != nil {
+			return serverblocks.ErrorAt(b.at, "reading the server block's key %s: %w", key, err)
+		}
+		if b.fast != nil {
+			b.fast.Ports = append(b.fast.Ports, strconv.Itoa(int(port)))
+		}
+		for _, a := range addrs {
+			for _, proto := range protos {
+				e := desired.Endpoint{Addr: a, Proto: proto, Port: port}
+				es = append(es, e)
+				if b.fast != nil && proto == "udp" && len(protos) == 2 { // dns://
+					at := netip.AddrPortFrom(a, port)
+					c.fastAt[at] = max(c.fastAt[at], b.fast.Entries)
+				}
+			}
+		}
+	}
+	for _, a := range addrs {
+		for _, port := range b.extra {
+			es = append(es, desired.Endpoint{Addr: a, Proto: "tcp", Port: port, Extra: true})
+		}
+	}
+	for _, e := range es {
+		if e.Extra && c.wants[desired.Endpoint{Addr: e.Addr, Proto: e.Proto, Port: e.Port}] != nil {
+			continue // CoreDNS itself listens there, the stricter guard serves
+		}
+		delete(c.wants, desired.Endpoint{Addr: e.Addr, Proto: e.Proto, Port: e.Port, Extra: !e.Extra})
+		if o := c.wants[e]; o != nil {
+			o.keep = o.keep || b.skipteardown
+		} else {
+			c.wants[e] = &endpointOf{link: b.link, at: b.at, keep: b.skipteardown}
+		}
+	}
+	return nil
+}
+
+// parseAddr reads one address of bind and refuses those that can't be put on an
+// interface or asked by a client.
+func parseAddr(s string) (netip.Addr, error) {
+	a, err := netip.ParseAddr(s)
+	switch {
+	case err != nil:
+		return a, err
+	case a.IsUnspecified():
+		return a, errors.New("the wildcard address can't be put on an interface; name the addresses, such as 169.254.20.10")
+	case a.Is4In6():
+		return a, fmt.Errorf("an IPv4-mapped IPv6 address; write %s", a.Unmap())
+	case a.IsMulticast() || a == netip.AddrFrom4([4]byte{255, 255, 255, 255}):
+		return a, errors.New("a multicast or broadcast address; clients of a cache need a unicast address")
+	case a.Is6() && a.IsLinkLocalUnicast() && a.Zone() == "":
+		return a, errors.New("a link-local IPv6 address is good for one link only and needs a zone, which bind does not take; use a unique local address, such as fd00:20::10")
+	}
+	return a, nil
+}
+
 // attachFast gets the blocks with fastpath ready. CoreDNS has made its servers and
 // does not listen yet.
 func (c *config) attachFast(ctx caddy.Context) error {
@@ -76,11 +180,11 @@ func (c *config) attachFast(ctx caddy.Context) error {
 	}
 	all, err := serverblocks.Configs(ctx)
 	if err != nil {
-		return errorAt(c.fast[0].fastAt, "fastpath: this build has a CoreDNS that nodecache does not know: %w", err)
+		return serverblocks.ErrorAt(c.fast[0].fastAt, "fastpath: this build has a CoreDNS that nodecache does not know: %w", err)
 	}
 	for _, b := range c.fast {
 		if err := b.fast.Attach(directiveName, all); err != nil {
-			return errorAt(b.fastAt, "%w", err)
+			return serverblocks.ErrorAt(b.fastAt, "%w", err)
 		}
 	}
 	return nil

@@ -1,4 +1,4 @@
-package nodecache
+package otherports
 
 import (
 	"slices"
@@ -8,6 +8,9 @@ import (
 
 	"github.com/coredns/caddy"
 	"github.com/coredns/coredns/core/dnsserver"
+	"github.com/coredns/coredns/plugin"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promauto"
 
 	"github.com/contentful-labs/coredns-nodecache/internal/serverblocks"
 )
@@ -15,15 +18,14 @@ import (
 // lateEvery is how often a port is tried again that another program has.
 const lateEvery = time.Second
 
-// latecomers are the plugins of one instance whose port another program has when they
+// Latecomers are the plugins of one instance whose port another program has when they
 // are to start. ready, prometheus and dnstap try to listen once, in their startup
 // callbacks, the first two then never again, not even after a reload; and pprof fails
 // the whole start. So these callbacks are put off until the port is free.
-type latecomers struct {
-	node  *node
-	cfg   *config
-	ports []otherPort            // of all plugins, and of the server blocks that are not ours
-	uses  map[string][]otherPort // by plugin, in the order of their callbacks
+type Latecomers struct {
+	inForce func() (is, over bool)
+	ports   []otherPort            // of all plugins, and of the server blocks that are not ours
+	uses    map[string][]otherPort // by plugin, in the order of their callbacks
 
 	mu     sync.Mutex
 	putOff map[otherPort][]func() error // by what has to be free
@@ -39,14 +41,24 @@ type latecomers struct {
 type latecomersKey struct{}
 
 // latest is the latecomers of the instance that was the last to start.
-var latest atomic.Pointer[latecomers]
+var latest atomic.Pointer[Latecomers]
 
-func newLatecomers(c *caddy.Controller, cfg *config) (*latecomers, error) {
+var _ = promauto.NewGaugeFunc(prometheus.GaugeOpts{
+	Namespace: plugin.Namespace,
+	Subsystem: directive,
+	Name:      "ports_taken",
+	Help:      "Gauge of the ports that other plugins of this process can't listen on yet, as another program has them.",
+}, func() float64 { return float64(latest.Load().missing()) })
+
+// New looks for the ports that the Corefile of c makes CoreDNS listen on beside those of server
+// blocks with nodecache, once bind has been read, and has callbacks of its plugins come by it.
+// inForce tells whether that Corefile is in force, and whether it will not be any more.
+func New(c *caddy.Controller, inForce func() (is, over bool)) (*Latecomers, error) {
 	ports, uses, err := otherPorts(c)
 	if err != nil {
 		return nil, err
 	}
-	l := &latecomers{node: theNode, cfg: cfg, ports: ports, uses: uses, putOff: map[otherPort][]func() error{}}
+	l := &Latecomers{inForce: inForce, ports: ports, uses: uses, putOff: map[otherPort][]func() error{}}
 	c.Set(latecomersKey{}, l)
 	afterEachDirective()
 	return l, nil
@@ -58,14 +70,14 @@ var observed = map[string]bool{}
 // afterEachDirective has the callbacks wrapped that each directive from ours on adds.
 func afterEachDirective() {
 	all := dnsserver.Directives
-	for _, name := range all[max(0, slices.Index(all, directiveName)):] {
+	for _, name := range all[max(0, slices.Index(all, directive)):] {
 		if observed[name] {
 			continue
 		}
 		observed[name] = true
 		caddy.RegisterParsingCallback("dns", name, func(caddy.Context) error {
 			in := serverblocks.Instance()
-			if l, ok := in.Storage[latecomersKey{}].(*latecomers); ok {
+			if l, ok := in.Storage[latecomersKey{}].(*Latecomers); ok {
 				l.startup = l.wrap(name, in.OnStartup, l.startup)
 				l.failed = l.wrap(name, in.OnRestartFailed, l.failed)
 			}
@@ -76,9 +88,9 @@ func afterEachDirective() {
 
 // wrap has those callbacks put off if need be that a plugin has added to the first ones:
 // as many each time that it is named.
-func (l *latecomers) wrap(plugin string, callbacks []func() error, first int) int {
-	uses, added := l.uses[plugin], len(callbacks)-first
-	if !optional(plugin) || len(uses) == 0 {
+func (l *Latecomers) wrap(name string, callbacks []func() error, first int) int {
+	uses, added := l.uses[name], len(callbacks)-first
+	if !optional(name) || len(uses) == 0 {
 		return len(callbacks)
 	}
 	for i := range added {
@@ -89,7 +101,7 @@ func (l *latecomers) wrap(plugin string, callbacks []func() error, first int) in
 }
 
 // call is what CoreDNS calls for f.
-func (l *latecomers) call(what otherPort, f func() error) error {
+func (l *Latecomers) call(what otherPort, f func() error) error {
 	l.mu.Lock()
 	if waiting, late := l.putOff[what]; late {
 		l.putOff[what] = append(waiting, f)
@@ -100,8 +112,8 @@ func (l *latecomers) call(what otherPort, f func() error) error {
 	return f()
 }
 
-// start tries all ports. It is OnStartup, before anything is put on the node.
-func (l *latecomers) start() error {
+// Start tries all ports. It is OnStartup, before anything is put on the node.
+func (l *Latecomers) Start() error {
 	late, err := tryOthers(l.ports)
 	if err != nil {
 		return err
@@ -110,14 +122,15 @@ func (l *latecomers) start() error {
 	return nil
 }
 
-// resume does so when a reload has failed, in which the plugins are to listen again.
-func (l *latecomers) resume() error {
+// Resume does so when a reload has failed, in which the plugins are to listen again. It is
+// OnRestartFailed.
+func (l *Latecomers) Resume() error {
 	late, _ := tryOthers(l.ports) // for what else is taken they say so themselves
 	l.putOffThose(late)
-	return l.watch()
+	return l.Watch()
 }
 
-func (l *latecomers) putOffThose(late map[otherPort][]error) {
+func (l *Latecomers) putOffThose(late map[otherPort][]error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.yielding = false
@@ -139,18 +152,18 @@ var without = map[string]string{
 	"prometheus": "; until then there are no metrics on it",
 }
 
-// yield waits for callbacks that run, and has no others run. It is OnRestart and
+// Yield waits for callbacks that run, and has no others run. It is OnRestart and
 // OnShutdown.
-func (l *latecomers) yield() error {
+func (l *Latecomers) Yield() error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.yielding = true
 	return nil
 }
 
-// watch has what was put off done when it can be. It is OnStartup, after the node has
-// been told of the configuration.
-func (l *latecomers) watch() error {
+// Watch has what was put off done when it can be. It is OnStartup, after all that has to be on
+// the node is there.
+func (l *Latecomers) Watch() error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if len(l.putOff) == 0 || l.watching {
@@ -167,8 +180,8 @@ func (l *latecomers) watch() error {
 
 // again lets those plugins listen whose ports are free by now, and tells whether there
 // is anything left to wait for.
-func (l *latecomers) again() bool {
-	inForce, over := l.node.inForce(l.cfg)
+func (l *Latecomers) again() bool {
+	is, over := l.inForce()
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if over {
@@ -179,7 +192,7 @@ func (l *latecomers) again() bool {
 		return false
 	}
 	for what := range l.putOff {
-		if inForce && l.free(what) {
+		if is && l.free(what) {
 			l.listen(what)
 		}
 	}
@@ -187,12 +200,12 @@ func (l *latecomers) again() bool {
 	return l.watching
 }
 
-func (l *latecomers) free(what otherPort) bool {
+func (l *Latecomers) free(what otherPort) bool {
 	return !slices.ContainsFunc(l.ports, func(p otherPort) bool { return p.together() == what && p.bind() != nil })
 }
 
 // listen runs what the plugin was not allowed to do.
-func (l *latecomers) listen(what otherPort) {
+func (l *Latecomers) listen(what otherPort) {
 	for i, f := range l.putOff[what] {
 		if err := f(); err != nil {
 			log.Warningf("%v; trying again", err)
@@ -205,21 +218,11 @@ func (l *latecomers) listen(what otherPort) {
 }
 
 // missing is how many ports plugins wait for.
-func (l *latecomers) missing() int {
+func (l *Latecomers) missing() int {
 	if l == nil {
 		return 0
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return len(l.putOff)
-}
-
-// inForce tells whether a configuration is, and whether it will not be again.
-func (n *node) inForce(cfg *config) (is, over bool) {
-	n.do(func() error {
-		is = n.life.InForce == cfg && !n.exited()
-		over = !n.life.Has(cfg) || n.exited()
-		return nil
-	})
-	return is, over
 }

@@ -1,14 +1,19 @@
-package nodecache
+package loops
 
 import (
 	"net/netip"
+	"os"
 	"strings"
 	"testing"
 
-	"github.com/contentful-labs/coredns-nodecache/internal/nodelinks"
 	"github.com/coredns/caddy/caddyfile"
 	"github.com/coredns/coredns/core/dnsserver"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/nodelinks"
+	"github.com/contentful-labs/coredns-nodecache/internal/testkit"
 )
+
+func TestMain(m *testing.M) { os.Exit(testkit.Main(m)) }
 
 func TestWithoutZone(t *testing.T) {
 	for in, want := range map[string]string{
@@ -41,7 +46,7 @@ func TestRenames(t *testing.T) {
 		"":                                                                                     false,
 	} {
 		blocks, err := caddyfile.Parse("Corefile", strings.NewReader(". {\n"+in+"\n}\n"), []string{"rewrite"})
-		must(t, err)
+		testkit.Must(t, err)
 		if got := renames(blocks[0].Tokens["rewrite"]); got != want {
 			t.Errorf("%q changes names: %v, want %v", in, got, want)
 		}
@@ -54,7 +59,7 @@ func TestReceiver(t *testing.T) {
 	block := func(name, zone, host string) *route {
 		r := &route{name: name, configs: []*dnsserver.Config{{Zone: zone, Port: "53", Transport: "dns"}}}
 		a, err := readHost(host)
-		must(t, err)
+		testkit.Must(t, err)
 		r.hosts = append(r.hosts, a)
 		return r
 	}
@@ -90,12 +95,8 @@ func TestReceiver(t *testing.T) {
 // The kernel has the ClusterIPs of kube-proxy in IPVS mode, and yet nobody here gets what is
 // sent to them.
 func TestReceiverBesideIPVS(t *testing.T) {
-	needRoot(t)
-	cleanLinks(t)
-	must(t, (&netif{name: nodelinks.IPVS}).add())
-	defer removeLink(t, nodelinks.IPVS)
-	addAddr(t, nodelinks.IPVS, "10.96.0.10/32")
-	eventually(t, "the address is seen", func() bool { return locals.has(addr("10.96.0.10")) })
+	testkit.Link(t, nodelinks.IPVS, "10.96.0.10")
+	testkit.Eventually(t, "the address is seen", func() bool { return locals.has(netip.MustParseAddr("10.96.0.10")) })
 	rs := newRouting([]*route{{configs: []*dnsserver.Config{{Zone: ".", Port: "53", Transport: "dns"}}, hosts: []netip.Addr{netip.IPv6Unspecified()}}})
 	if rs.receiver(target{transport: "dns", at: netip.MustParseAddrPort("10.96.0.10:53")}, "a.test.") != nil {
 		t.Error("a query to the ClusterIP comes to a server block that listens on all addresses")
