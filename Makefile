@@ -18,9 +18,12 @@ SCRIPTS = $(shell grep -rIlE --exclude-dir=.git --exclude-dir=build '^\#!(/usr)?
 
 # Debian's and Go's name of what the images run on.
 ARCH ?= $(shell go env GOARCH)
+# The images' name, and the release that manifests and pages take: make manifests writes both there.
+IMAGE_NAME ?= ghcr.io/contentful-labs/coredns-nodecache
+RELEASE := v0.1.0
 # Both versions, as an image is made anew for each of the two.
 COREDNS_VERSION = $(shell sed -n 's|^	$(COREDNS) v||p' go.mod)
-IMAGE ?= contentful-labs/coredns-nodecache:$(VERSION)-coredns$(COREDNS_VERSION)
+IMAGE ?= $(IMAGE_NAME):$(VERSION)-coredns$(COREDNS_VERSION)
 # Such as linux/amd64,linux/arm64; by default this machine's own.
 PLATFORMS ?=
 # Further arguments of `docker buildx build`, such as --push.
@@ -186,7 +189,9 @@ check-generated: ## Fail if the lists of plugins are not what plugin.cfg asks fo
 	cd cmd/coredns && go run ./generate -check
 
 .PHONY: manifests
-manifests: ## Copy the manifests of k8s/base to where they are applied as they are.
+manifests: ## Write the name and the release of the images into manifests and pages, and copy those of k8s/base to where they are applied as they are.
+	sed -i -E 's#(image: ).*:v[0-9.]+-coredns[0-9.]+#\1$(IMAGE_NAME):$(RELEASE)-coredns$(COREDNS_VERSION)#' k8s/base/*/*.yaml k8s/components/*/*.yaml
+	sed -i -E 's#(coredns-nodecache:)v[0-9.]+-coredns[0-9.]+#\1$(RELEASE)-coredns$(COREDNS_VERSION)#' README.md docs/*.md
 	cp k8s/base/single/node-local.yaml k8s/base/ha/node-local-ha.yaml k8s
 
 .PHONY: sbom

@@ -48,26 +48,32 @@ func (n *node) pod(m *manifest.Manifest, ds appsv1.DaemonSet, custom ...corev1.C
 	if ipv6 {
 		ip = nodeIP6
 	}
-	env, err := manifest.Env(c, map[string]string{"status.hostIP": ip})
-	n.must(err)
 	// Those of the Services. The upstream one is the cluster's DNS server itself.
-	env["KUBE_DNS_SERVICE_HOST"] = lab.ClusterIP.String()
-	env["KUBE_DNS_UPSTREAM_SERVICE_HOST"] = lab.DNSAddr.String()
+	services := map[string]string{}
+	clusterIP, upstream := lab.ClusterIP.String(), lab.DNSAddr.String()
 	if ipv6 {
-		env["KUBE_DNS_SERVICE_HOST"] = lab.ClusterIP6.String()
-		env["KUBE_DNS_UPSTREAM_SERVICE_HOST"] = lab.DNSAddr6.String()
+		clusterIP, upstream = lab.ClusterIP6.String(), lab.DNSAddr6.String()
 	}
 	for _, s := range m.Services {
-		if s.Name == "kube-dns-ipv6" {
-			env["KUBE_DNS_IPV6_SERVICE_HOST"] = lab.ClusterIP6.String()
+		switch s.Name {
+		case "kube-dns-upstream":
+			services["KUBE_DNS_UPSTREAM_SERVICE_HOST"] = upstream
+		case "kube-dns-ipv6":
+			services["KUBE_DNS_IPV6_SERVICE_HOST"] = lab.ClusterIP6.String()
 		}
 	}
+	services[dnsService(c)] = clusterIP
+	env, err := manifest.Env(c, services, map[string]string{"status.hostIP": ip})
+	n.must(err)
 	files, err := m.Files(spec, c, "/etc/coredns", custom...)
 	n.must(err)
 	// The node's own resolvers, which dnsPolicy Default brings, are the cluster's DNS too.
 	resolvers := filepath.Join(n.Dir, "resolv.conf")
 	n.must(os.WriteFile(resolvers, []byte("nameserver "+lab.DNSAddr.String()+"\n"), 0o644))
-	p := &pod{corefile: strings.ReplaceAll(files["Corefile"], "/etc/resolv.conf", resolvers), env: env, ownNet: !spec.HostNetwork}
+	for name, text := range files {
+		files[name] = strings.ReplaceAll(text, "/etc/resolv.conf", resolvers)
+	}
+	p := &pod{corefile: files["Corefile"], env: env, ownNet: !spec.HostNetwork}
 	delete(files, "Corefile")
 	p.options.Files = files
 	for name, value := range env {
@@ -104,6 +110,17 @@ func (n *node) pod(m *manifest.Manifest, ds appsv1.DaemonSet, custom ...corev1.C
 	return p
 }
 
+// dnsService is the variable of the Service that the cluster's DNS has: kube-dns, or the one from
+// which the container takes its address instead.
+func dnsService(c corev1.Container) string {
+	for _, e := range c.Env {
+		if name, ok := strings.CutSuffix(strings.TrimPrefix(e.Value, "$("), "_SERVICE_HOST)"); ok && e.Name == "KUBE_DNS_SERVICE_HOST" {
+			return name + "_SERVICE_HOST"
+		}
+	}
+	return "KUBE_DNS_SERVICE_HOST"
+}
+
 // up starts the pod and waits until its probes say that it is ready.
 func (n *node) up(p *pod) *process {
 	n.Helper()
@@ -120,14 +137,18 @@ func (n *node) up(p *pod) *process {
 }
 
 // custom is what a user adds.
-var custom = corev1.ConfigMap{Data: map[string]string{"example.server": `example.org:53 {
+var custom = corev1.ConfigMap{Data: map[string]string{
+	"example.server": `example.org:53 {
     import node
     cache 30
     hosts {
         203.0.113.9 my.example.org
     }
 }
-`}}
+`,
+	"example.override": "hosts {\n    203.0.113.10 one.more.example.com\n    203.0.113.11 one.more.svc.cluster.local\n    fallthrough\n}\n",
+	"domain.server":    "corp.local:53 {\n    import cluster\n}\n",
+}}
 
 func init() { custom.Name = "nodecache-custom" }
 
@@ -159,6 +180,9 @@ func (n *node) serves(p *pod) {
 				"a.default.svc.cluster.local.": "192.0.2.1",
 				"www.example.com.":             "192.0.2.1",
 				"my.example.org.":              "203.0.113.9",
+				"one.more.example.com.":        "203.0.113.10",
+				"one.more.svc.cluster.local.":  "203.0.113.11",
+				"a.corp.local.":                "192.0.2.1",
 			} {
 				answer, err := n.ask(c, at, name)
 				if err != nil || len(answer.Answer) != 1 || !strings.HasSuffix(answer.Answer[0].String(), want) {

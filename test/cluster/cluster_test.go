@@ -109,8 +109,7 @@ func makeImages(t *testing.T, kit string) {
 			}
 			config, err := startOf(string(dockerfile), target)
 			must(err)
-			// As the container runtimes read a name without a registry.
-			i := Image{Name: "docker.io/" + as, Root: root[0], Config: config}
+			i := Image{Name: as, Root: root[0], Config: config}
 			must(i.Archive(filepath.Join(images, "nodecache-"+target+".tar")))
 		}
 	}

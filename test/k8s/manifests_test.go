@@ -3,6 +3,7 @@
 package k8s
 
 import (
+	"cmp"
 	"fmt"
 	"os"
 	"os/exec"
@@ -17,6 +18,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/resource"
 	"k8s.io/apimachinery/pkg/labels"
+	"k8s.io/apimachinery/pkg/util/intstr"
 	"sigs.k8s.io/yaml"
 
 	"github.com/contentful-labs/coredns-nodecache/test/manifest"
@@ -38,19 +40,29 @@ type variant struct {
 	caps     []corev1.Capability
 	lock     bool // the host's xtables lock
 	bind     string
-	pod      bool // on a pod's network
+	pod      bool   // on a pod's network
+	dns      string // KUBE_DNS_SERVICE_HOST, where it is another Service's
+	protocol string // to the cluster, "" for force_tcp
+	upstream string // of all other names, "" for /etc/resolv.conf
+	log      bool   // of queries
+	named    bool   // the ports of the cluster's DNS are found by their names
 }
 
 // image is the one that all manifests take: of the release and of the CoreDNS that go.mod names.
 const (
 	release = "v0.1.0"
 	tag     = release + "-coredns1.15.0"
-	image   = "contentful-labs/coredns-nodecache:" + tag
+	image   = "ghcr.io/contentful-labs/coredns-nodecache:" + tag
 )
 
 var (
-	usual  = variant{image, "auto", []corev1.Capability{"NET_ADMIN", "NET_BIND_SERVICE", "NET_RAW"}, true, "169.254.20.10 {$KUBE_DNS_SERVICE_HOST}", false}
-	static = variant{image + "-nftables", "nftables", []corev1.Capability{"NET_ADMIN", "NET_BIND_SERVICE"}, false, usual.bind, false}
+	usual = variant{
+		image: image, firewall: "auto", caps: []corev1.Capability{"NET_ADMIN", "NET_BIND_SERVICE", "NET_RAW"}, lock: true,
+		bind: "169.254.20.10 {$KUBE_DNS_SERVICE_HOST}",
+	}
+	static = variant{
+		image: image + "-nftables", firewall: "nftables", caps: []corev1.Capability{"NET_ADMIN", "NET_BIND_SERVICE"}, bind: usual.bind,
+	}
 )
 
 // components are those of the folder, each of which fits either base.
@@ -60,8 +72,15 @@ var components = map[string]variant{
 	"ipvs":       usual.with(func(v *variant) { v.bind = "169.254.20.10" }),
 	"dual-stack": usual.with(func(v *variant) { v.bind += " fd00:20::10 {$KUBE_DNS_IPV6_SERVICE_HOST}" }),
 	"ipv6":       usual.with(func(v *variant) { v.bind = "fd00:20::10 {$KUBE_DNS_SERVICE_HOST}" }),
-	"cilium":     {image + "-nftables", "", []corev1.Capability{"NET_BIND_SERVICE"}, false, "eth0", true},
+	"cilium":     {image: image + "-nftables", caps: []corev1.Capability{"NET_BIND_SERVICE"}, bind: "eth0", pod: true},
 	"fastpath":   usual,
+	"kubespray":  usual.with(func(v *variant) { v.dns = "$(COREDNS_SERVICE_HOST)" }),
+	"rke2":       usual.with(func(v *variant) { v.dns = "$(RKE2_COREDNS_RKE2_COREDNS_SERVICE_HOST)" }),
+
+	"cluster-upstream": usual.with(func(v *variant) { v.upstream = "{$KUBE_DNS_UPSTREAM_SERVICE_HOST}" }),
+	"udp":              usual.with(func(v *variant) { v.protocol = "prefer_udp" }),
+	"query-log":        usual.with(func(v *variant) { v.log = true }),
+	"port-names":       usual.with(func(v *variant) { v.named = true }),
 }
 
 func (v variant) with(change func(*variant)) variant { change(&v); return v }
@@ -102,8 +121,8 @@ func TestManifests(t *testing.T) {
 // Every overlay is a component on the single base, and has its name.
 func TestOverlays(t *testing.T) {
 	names := folders(t, "overlays")
-	if len(names) != len(components) {
-		t.Errorf("the overlays are %v, want those of the components", names)
+	if len(names) < 9 {
+		t.Errorf("the overlays are %v, want nine", names)
 	}
 	for _, name := range names {
 		t.Run(name, func(t *testing.T) {
@@ -238,7 +257,11 @@ func check(t *testing.T, m *manifest.Manifest, sets int, v variant) {
 			t.Errorf("the Service %s/%s is of %v, not of the cluster's DNS", s.Namespace, s.Name, s.Spec.Selector)
 		}
 		for _, p := range s.Spec.Ports {
-			if p.Port != 53 || p.TargetPort.IntValue() != 53 {
+			target := intstr.FromInt32(53)
+			if v.named {
+				target = intstr.FromString(p.Name)
+			}
+			if p.Port != 53 || p.TargetPort != target {
 				t.Errorf("the Service %s has the port %v", s.Name, p)
 			}
 		}
@@ -284,6 +307,10 @@ func checkDaemonSet(t *testing.T, m *manifest.Manifest, ds appsv1.DaemonSet, v v
 		t.Errorf("tolerates only %v", spec.Tolerations)
 	}
 	pods := labels.Set(ds.Spec.Template.Labels)
+	// Network policies of Cilium's guides select a node's cache by it. Elsewhere it stays node-cache's.
+	if has := pods["k8s-app"] == "node-local-dns"; has != v.pod || pods["k8s-app"] != "" && !has {
+		t.Errorf("the pods are labelled %v", pods)
+	}
 	if !labels.SelectorFromSet(ds.Spec.Selector.MatchLabels).Matches(pods) {
 		t.Errorf("selects %v, its own pods are %v", ds.Spec.Selector.MatchLabels, pods)
 	}
@@ -326,9 +353,12 @@ func checkDaemonSet(t *testing.T, m *manifest.Manifest, ds appsv1.DaemonSet, v v
 		t.Errorf("the volumes are %v, mounted %v, want %v", volumes, c.VolumeMounts, want)
 	}
 
-	env, err := manifest.Env(c, map[string]string{"status.hostIP": "10.0.0.1"})
+	env, err := manifest.Env(c, nil, map[string]string{"status.hostIP": "10.0.0.1"})
 	if err != nil {
 		t.Error(err)
+	}
+	if env["KUBE_DNS_SERVICE_HOST"] != v.dns || env["CLUSTER_PROTOCOL"] != cmp.Or(v.protocol, "force_tcp") {
+		t.Errorf("the address of the cluster's DNS is %q, asked with %q", env["KUBE_DNS_SERVICE_HOST"], env["CLUSTER_PROTOCOL"])
 	}
 	if env["FIREWALL"] != v.firewall {
 		t.Errorf("the firewall is %q, want %q", env["FIREWALL"], v.firewall)
@@ -342,13 +372,19 @@ func checkDaemonSet(t *testing.T, m *manifest.Manifest, ds appsv1.DaemonSet, v v
 		names = append(names, name)
 	}
 	slices.Sort(names)
-	if want := []string{"Corefile", "bind.conf", "custom/none.server", "nodecache.conf"}; !slices.Equal(names, want) {
+	if want := []string{"Corefile", "bind.conf", "custom/none.override", "custom/none.server", "log.conf", "nodecache.conf", "upstream.conf"}; !slices.Equal(names, want) {
 		t.Errorf("the files are %v, want %v", names, want)
 	}
 	if got := files["bind.conf"]; got != "bind "+v.bind+"\n" {
 		t.Errorf("binds with %q, want %q", got, v.bind)
 	}
-	corefile := files["Corefile"]
+	if want := "forward . " + cmp.Or(v.upstream, "/etc/resolv.conf") + " {\n"; !strings.HasPrefix(files["upstream.conf"], want) {
+		t.Errorf("all other names go to %q, want %q", files["upstream.conf"], want)
+	}
+	if got := files["log.conf"]; v.log != (got == "log\n") || v.log == strings.HasPrefix(got, "#") {
+		t.Errorf("logs with %q, want a log: %v", got, v.log)
+	}
+	corefile := files["Corefile"] + files["upstream.conf"]
 	checkResources(t, c, corefile, files["nodecache.conf"], len(strings.Fields(v.bind)))
 	for name, value := range env {
 		corefile = strings.ReplaceAll(corefile, "{$"+name+"}", value)
@@ -519,7 +555,7 @@ func checkTwins(t *testing.T, a, b appsv1.DaemonSet) {
 		return string(out)
 	}
 	got := strings.NewReplacer("nodecache-a", "nodecache-b", "instance: a", "instance: b",
-		"8080", "8081", "8181", "8182", "9253", "9254").Replace(text(a))
+		"8653", "8654", "8663", "8664", "9253", "9254").Replace(text(a))
 	if want := text(b); got != want {
 		w, g := strings.Split(want, "\n"), strings.Split(got, "\n")
 		for i := range min(len(w), len(g)) {
@@ -599,7 +635,7 @@ func TestReadmeKustomization(t *testing.T) {
 		if want := "registry.example/coredns-nodecache:" + tag + "-nftables"; c.Image != want {
 			t.Errorf("the image is %s, want %s", c.Image, want)
 		}
-		env, err := manifest.Env(c, map[string]string{"status.hostIP": "10.0.0.1"})
+		env, err := manifest.Env(c, nil, map[string]string{"status.hostIP": "10.0.0.1"})
 		if err != nil || env["CLUSTER_DOMAIN"] != "example.internal" {
 			t.Errorf("the environment is %v, %v", env, err)
 		}

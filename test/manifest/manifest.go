@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"path"
 	"slices"
@@ -206,14 +207,17 @@ func (m *Manifest) project(p *corev1.ConfigMapProjection, file func(name, text s
 	return nil
 }
 
-// Env returns the environment that kubelet gives a container, without that of Services.
-// fields are the values of the downward API by path, such as status.hostIP.
-func Env(c corev1.Container, fields map[string]string) (map[string]string, error) {
-	env := map[string]string{}
+// Env returns the environment that kubelet gives a container. services are the variables of the
+// Services of its namespace, fields the values of the downward API by path, such as status.hostIP.
+func Env(c corev1.Container, services, fields map[string]string) (map[string]string, error) {
+	env := maps.Clone(services)
+	if env == nil {
+		env = map[string]string{}
+	}
 	for _, e := range c.Env {
 		switch {
 		case e.ValueFrom == nil:
-			// Only variables further up are expanded.
+			// Only variables further up and those of Services are expanded. Others stay as they are.
 			for name, value := range env {
 				e.Value = strings.ReplaceAll(e.Value, "$("+name+")", value)
 			}
