@@ -19,6 +19,7 @@ import (
 
 func init() {
 	plugin.Register(directiveName, setup)
+	explainVariables()
 	fastpath.GrowStacks()
 	// The one place that every way out passes (SIGTERM, SIGINT, SIGQUIT).
 	caddy.OnProcessExit = append(caddy.OnProcessExit, func() { theNode.exit() })

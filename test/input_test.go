@@ -39,6 +39,25 @@ func TestBadInput(t *testing.T) {
 		options        func(n *node) lab.Options
 		prepare        func(n *node)
 	}{
+		{
+			name: "no-service", corefile: one(" bind 169.254.20.10 {$KUBE_DNS_SERVICE_HOST}\n", " nodecache"),
+			words: []string{":2", "plugin/bind", "the variable KUBE_DNS_SERVICE_HOST is empty", "the Service kube-dns,", "$(COREDNS_SERVICE_HOST) for coredns"},
+		},
+		{
+			name: "no-service-of-another-name", corefile: one(" bind {$KUBE_DNS_SERVICE_HOST}\n", " nodecache"),
+			words: []string{":2", "the variable MY_DNS_SERVICE_HOST is empty", "the Service my-dns,"},
+			options: func(*node) lab.Options {
+				return lab.Options{Env: []string{"KUBE_DNS_SERVICE_HOST=$(MY_DNS_SERVICE_HOST)"}}
+			},
+		},
+		{
+			name: "no-upstream", corefile: one(bind, " nodecache\n forward . {$KUBE_DNS_UPSTREAM_SERVICE_HOST}:53 {\n prefer_udp\n }"),
+			words: []string{":4", "plugin/forward", "the variable KUBE_DNS_UPSTREAM_SERVICE_HOST is empty", "the Service kube-dns-upstream,"},
+		},
+		{
+			name: "no-value-of-a-variable", corefile: one(bind, " nodecache\n forward . {%RESOLVER%}"),
+			words: []string{":4", "plugin/forward", "the variable RESOLVER is empty: set it"},
+		},
 		{name: "no-bind", corefile: one("", " nodecache"), words: []string{":2", "bind"}},
 		{name: "bind-wildcard", corefile: one(" bind 0.0.0.0\n", " nodecache"), words: []string{":3", "0.0.0.0"}},
 		{name: "bind-wildcard6", corefile: one(" bind ::\n", " nodecache"), words: []string{":3", "::"}},
