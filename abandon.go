@@ -26,7 +26,7 @@ func (n *node) takeBack() error {
 		}
 		began := time.Now()
 		n.ready.Store(false)
-		n.leave(n.want)
+		n.giveUp(n.want)
 		if n.life.InForce != nil { // all that is ours has been listened on, and asked
 			n.drain(n.life.InForce.listeners(), false, began.Add(drainLimit))
 		}

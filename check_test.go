@@ -90,7 +90,7 @@ func TestAddressOfAnotherLinkIsServedThere(t *testing.T) {
 	newTestLink(t, "10.96.0.10")
 	in := corefile{"nodecache", "169.254.20.10 10.96.0.10 127.0.0.1", dns53}
 	on := func(cfg *config) []netip.Addr {
-		return cfg.state(false, func(b string) string { return b }).Links["nodelocaldns"]
+		return cfg.state(func(b string) string { return b }).Links["nodelocaldns"]
 	}
 	cfg, err := checked(t, in)
 	must(t, err)

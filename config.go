@@ -37,7 +37,7 @@ type config struct {
 	links map[string]*linkConfig           // by interface name; "none" is a name as any other here
 	addrs map[netip.Addr]*placed           // every address of a bind
 	wants map[desired.Endpoint]*endpointOf // every address and port that clients send to
-	ours  []string                         // the links that may carry addrs: see node.links
+	ours  []string                         // the links that may carry addrs: see node.linksInUse
 	fast  []*block                         // those with fastpath
 	// fastAt is how many answers are kept for an address with fastpath.
 	fastAt map[netip.AddrPort]int
@@ -52,18 +52,18 @@ type linkConfig struct {
 }
 
 type placed struct {
-	link string
-	at   string
-	keep bool // skipteardown
+	link         string
+	at           string
+	skipteardown bool
 	// foreign is true where another link carried the address when the Corefile
 	// was read (an interface's name in bind, or 127.0.0.1): it is served there.
 	foreign bool
 }
 
 type endpointOf struct {
-	link string
-	at   string
-	keep bool
+	link         string
+	at           string
+	skipteardown bool
 }
 
 func newConfig() *config {
@@ -106,11 +106,11 @@ func (c *config) add(b *block, hosts, keys []string) error {
 			continue // from an interface's name in bind; nobody is pointed there
 		}
 		if p := c.addrs[a]; p == nil {
-			c.addrs[a] = &placed{link: b.link, at: b.at, keep: b.skipteardown}
+			c.addrs[a] = &placed{link: b.link, at: b.at, skipteardown: b.skipteardown}
 		} else if p.link != b.link {
 			return serverblocks.ErrorAt(cmp.Or(b.ifaceAt, b.at), "interface %s here, but %s at %s for the same address %s", b.link, p.link, p.at, a)
 		} else {
-			p.keep = p.keep || b.skipteardown
+			p.skipteardown = p.skipteardown || b.skipteardown
 		}
 		addrs = append(addrs, a)
 	}
@@ -145,9 +145,9 @@ func (c *config) add(b *block, hosts, keys []string) error {
 		}
 		delete(c.wants, desired.Endpoint{Addr: e.Addr, Proto: e.Proto, Port: e.Port, Extra: !e.Extra})
 		if o := c.wants[e]; o != nil {
-			o.keep = o.keep || b.skipteardown
+			o.skipteardown = o.skipteardown || b.skipteardown
 		} else {
-			c.wants[e] = &endpointOf{link: b.link, at: b.at, keep: b.skipteardown}
+			c.wants[e] = &endpointOf{link: b.link, at: b.at, skipteardown: b.skipteardown}
 		}
 	}
 	return nil
@@ -231,20 +231,25 @@ func (c *config) listeners() []desired.Endpoint {
 	return es
 }
 
-// state returns what c wants on the node. With kept, only what stays there when
-// the process exits (skipteardown). backend resolves "auto".
-func (c *config) state(kept bool, backend func(string) string) desired.State {
+// state returns what c wants on the node. backend resolves "auto".
+func (c *config) state(backend func(string) string) desired.State { return c.part(backend, false) }
+
+// kept returns what of it stays there when the process exits.
+func (c *config) kept(backend func(string) string) desired.State { return c.part(backend, true) }
+
+// part returns what c wants of what has skipteardown, or of all.
+func (c *config) part(backend func(string) string, skipteardown bool) desired.State {
 	s := desired.State{Links: map[string][]netip.Addr{}, Rules: map[string][]desired.Endpoint{}}
 	if c == nil {
 		return s
 	}
 	for a, p := range c.addrs {
-		if p.link != noInterface && !p.foreign && (!kept || p.keep) {
+		if p.link != noInterface && !p.foreign && (!skipteardown || p.skipteardown) {
 			s.Links[p.link] = append(s.Links[p.link], a)
 		}
 	}
 	for e, o := range c.wants {
-		if b := backend(c.links[o.link].backend); b != backendNone && (!kept || o.keep) {
+		if b := backend(c.links[o.link].backend); b != backendNone && (!skipteardown || o.skipteardown) {
 			s.Rules[b] = append(s.Rules[b], e)
 		}
 	}

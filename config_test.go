@@ -20,17 +20,17 @@ func TestConfigs(t *testing.T) {
 	if got := b.sync(); got != defaultSync {
 		t.Errorf("sync is %s", got)
 	}
-	if u, w := a.state(false, same).Union(b.state(false, same)), b.state(false, same); fmt.Sprint(u) != fmt.Sprint(w) {
+	if u, w := a.state(same).Union(b.state(same)), b.state(same); fmt.Sprint(u) != fmt.Sprint(w) {
 		t.Errorf("the union is %v, want %v", u, w)
 	}
-	if gone := b.state(false, same).Minus(a.state(false, same)); list(gone.Rules[backendIPT]) != dnsOf("fd00:20::10") || list(gone.Links[testLink]) != "fd00:20::10" {
+	if gone := b.state(same).Minus(a.state(same)); list(gone.Rules[backendIPT]) != dnsOf("fd00:20::10") || list(gone.Links[testLink]) != "fd00:20::10" {
 		t.Errorf("gone are %v", gone)
 	}
-	if !a.state(true, same).Empty() || b.state(true, same).Empty() {
+	if !a.kept(same).Empty() || b.kept(same).Empty() {
 		t.Error("only the second one is kept")
 	}
 	var none *config
-	if !none.state(false, same).Empty() {
+	if !none.state(same).Empty() {
 		t.Error("no config wants something")
 	}
 	if a.auto() {
@@ -48,11 +48,11 @@ func describe(c *config) (lines []string) {
 		lines = append(lines, fmt.Sprintf("link %s %s %s", name, l.backend, l.sync))
 	}
 	for a, p := range c.addrs {
-		lines = append(lines, fmt.Sprintf("addr %s %s%s", a, p.link, keep[p.keep]))
+		lines = append(lines, fmt.Sprintf("addr %s %s%s", a, p.link, keep[p.skipteardown]))
 	}
 	for e, o := range c.wants {
 		extra := map[bool]string{true: " extra"}[e.Extra]
-		lines = append(lines, fmt.Sprintf("want %s %s%s%s", e, o.link, keep[o.keep], extra))
+		lines = append(lines, fmt.Sprintf("want %s %s%s%s", e, o.link, keep[o.skipteardown], extra))
 	}
 	slices.Sort(lines)
 	return lines
@@ -272,8 +272,8 @@ func FuzzDirective(f *testing.F) {
 				t.Errorf("%s is wanted with both guards", e)
 			}
 		}
-		s := cfg.state(false, func(b string) string { return b })
-		if kept := cfg.state(true, func(b string) string { return b }); b.skipteardown != !kept.Empty() && !s.Empty() {
+		s := cfg.state(func(b string) string { return b })
+		if kept := cfg.kept(func(b string) string { return b }); b.skipteardown != !kept.Empty() && !s.Empty() {
 			t.Errorf("skipteardown is %v, but kept is %v", b.skipteardown, kept)
 		}
 	})

@@ -54,9 +54,9 @@ func TestNFTWithManyDescriptorsOpen(t *testing.T) {
 	must(t, err)
 	es := dnsOn("169.254.20.10", "fd00:20::10")
 	for range 2 * lowDescriptors.size { // each makes a connection anew
-		_, err = fw.ensure(t.Context(), es, standing{})
+		_, err = fw.apply(t.Context(), es, standing{})
 		must(t, err)
-		fw.serve(es)
+		fw.enforce(es)
 		wantElements(t, list(es), list(es), list(es))
 		remove(t, fw)
 	}
@@ -85,16 +85,16 @@ func TestPanicOfALookIsOutlived(t *testing.T) {
 func TestNFTWritesWhatFailedBefore(t *testing.T) {
 	fw := newTestNFT(t)
 	es := dnsOn("169.254.20.10", "fd00:20::10")
-	_, err := fw.ensure(t.Context(), es, standing{})
+	_, err := fw.apply(t.Context(), es, standing{})
 	must(t, err)
-	withoutNetAdmin(t, func() { fw.serve(es) })
+	withoutNetAdmin(t, func() { fw.enforce(es) })
 	wantElements(t, "", list(es), "")
-	missing, err := fw.ensure(t.Context(), es, standing{})
+	missing, err := fw.apply(t.Context(), es, standing{})
 	must(t, err)
 	if missing != 0 {
 		t.Errorf("%d were missing, but nobody has removed any", missing)
 	}
-	fw.serve(es)
+	fw.enforce(es)
 	wantElements(t, list(es), list(es), list(es))
 }
 
@@ -102,19 +102,19 @@ func TestNFTWritesWhatFailedBefore(t *testing.T) {
 func TestNFTPutsElementsBack(t *testing.T) {
 	fw := newTestNFT(t)
 	es := dnsOn("169.254.20.10", "fd00:20::10")
-	_, err := fw.ensure(t.Context(), es, standing{})
+	_, err := fw.apply(t.Context(), es, standing{})
 	must(t, err)
-	fw.serve(es)
+	fw.enforce(es)
 	for _, s := range fw.sets {
 		fw.conn.FlushSet(s)
 	}
 	must(t, fw.conn.Flush())
-	missing, err := fw.ensure(t.Context(), es, standing{})
+	missing, err := fw.apply(t.Context(), es, standing{})
 	must(t, err)
 	if missing != len(es) {
 		t.Errorf("%d were missing, want %d", missing, len(es))
 	}
-	fw.serve(es)
+	fw.enforce(es)
 	wantElements(t, list(es), list(es), list(es))
 }
 

@@ -33,10 +33,10 @@ func (n *node) exit() {
 		if least := began.Add(2 * exitLeast); by.Before(least) {
 			by = least
 		}
-		kept := cfg.state(true, n.resolve)
+		kept := cfg.kept(n.resolve)
 		// While it waits to leave, it answers all that comes.
 		n.deadline = later(began, by.Add(-drainLimit-exitLeast)).Add(exitLeast / 5)
-		n.leave(n.want.Minus(kept))
+		n.giveUp(n.want.Minus(kept))
 		es := cfg.listeners()
 		if next := n.life.Next; next != nil && next != cfg {
 			es = append(es, next.listeners()...)
@@ -124,7 +124,7 @@ func (n *node) drain(es []desired.Endpoint, kept bool, deadline time.Time) (open
 		}
 		if i == 1 {
 			// The node's own programs have no guard that knows of sockets.
-			n.serve(n.onlyShared())
+			n.enforce(n.onlyShared())
 		}
 		err := sockets.Park(leaving)
 		if err == nil {

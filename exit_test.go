@@ -20,7 +20,7 @@ func TestExitTakesRulesBeforeAddresses(t *testing.T) {
 	fw.heard()
 	n.exit()
 	// Before the listening sockets go the node's own programs go elsewhere.
-	wantCalls(t, fw, "leave "+es+" on 169.254.20.10,fd00:20::10", "serve  on 169.254.20.10,fd00:20::10", "ensure  on 169.254.20.10,fd00:20::10")
+	wantCalls(t, fw, "withdraw "+es+" on 169.254.20.10,fd00:20::10", "enforce  on 169.254.20.10,fd00:20::10", "apply  on 169.254.20.10,fd00:20::10")
 	if got := carried(t, testLink); got != nil {
 		t.Errorf("the link is left, with %v", got)
 	}
@@ -75,7 +75,7 @@ func TestExitAnswersWhatHasArrived(t *testing.T) {
 	}
 	eventually(t, "the drain waits for answers", func() bool { return n.answering.Generation() > 0 })
 	wantCarried(t, testLink, "169.254.20.10", "10.96.0.10")
-	wantCalls(t, fw, "leave "+dnsOf("10.96.0.10", "169.254.20.10")+" on 10.96.0.10,169.254.20.10")
+	wantCalls(t, fw, "withdraw "+dnsOf("10.96.0.10", "169.254.20.10")+" on 10.96.0.10,169.254.20.10")
 	select {
 	case <-done:
 		t.Error("it has left with a query unanswered")
@@ -95,7 +95,7 @@ func TestSecondExitWaitsForFirst(t *testing.T) {
 	var once sync.Once
 	fw.say(func() {
 		fw.during = func(what string) {
-			if what == "leave" {
+			if what == "withdraw" {
 				once.Do(func() { close(entered) })
 				<-release
 			}
@@ -128,7 +128,7 @@ func TestSkipteardownKeepsItsBlocksOnly(t *testing.T) {
 	defer removeLink(t, testLink)
 	both := " on 10.96.0.10,169.254.20.10"
 	// The node's own programs go elsewhere at once, though the rules stay.
-	wantCalls(t, fw, "leave "+dnsOf("10.96.0.10")+both, "serve "+both, "ensure "+dnsOf("169.254.20.10")+both)
+	wantCalls(t, fw, "withdraw "+dnsOf("10.96.0.10")+both, "enforce "+both, "apply "+dnsOf("169.254.20.10")+both)
 	wantCarried(t, testLink, "169.254.20.10")
 }
 
@@ -194,7 +194,7 @@ func TestExitDoesNotWaitForTableThatCannotBeRead(t *testing.T) {
 	n.exit()
 	tries := 0
 	for _, call := range fw.heard() {
-		if strings.HasPrefix(call, "ensure") {
+		if strings.HasPrefix(call, "apply") {
 			tries++
 		}
 	}

@@ -15,11 +15,11 @@ import (
 type fakeFirewall struct {
 	t  testing.TB
 	mu sync.Mutex
-	// calls are such as "ensure 10.96.0.10:53/udp,10.96.0.10:53/tcp on 10.96.0.10".
+	// calls are such as "apply 10.96.0.10:53/udp,10.96.0.10:53/tcp on 10.96.0.10".
 	calls  []string
 	rules  []desired.Endpoint // as ensured
 	served []desired.Endpoint
-	lost   int // how many the next ensure finds missing
+	lost   int // how many the next apply finds missing
 	heeded standing
 	fault  func(call string) error
 	during func(call string)
@@ -38,8 +38,8 @@ func (f *fakeFirewall) call(what string, es []desired.Endpoint) error {
 	return nil
 }
 
-func (f *fakeFirewall) ensure(_ context.Context, own []desired.Endpoint, o standing) (int, error) {
-	if err := f.call("ensure", own); err != nil {
+func (f *fakeFirewall) apply(_ context.Context, own []desired.Endpoint, o standing) (int, error) {
+	if err := f.call("apply", own); err != nil {
 		return 0, err
 	}
 	f.mu.Lock()
@@ -53,15 +53,15 @@ func (f *fakeFirewall) ensure(_ context.Context, own []desired.Endpoint, o stand
 	return n, nil
 }
 
-func (f *fakeFirewall) serve(es []desired.Endpoint) {
-	f.call("serve", es)
+func (f *fakeFirewall) enforce(es []desired.Endpoint) {
+	f.call("enforce", es)
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.served = slices.Clone(es)
 }
 
-func (f *fakeFirewall) leave(_ context.Context, gone []desired.Endpoint) error {
-	return f.call("leave", gone)
+func (f *fakeFirewall) withdraw(_ context.Context, gone []desired.Endpoint) error {
+	return f.call("withdraw", gone)
 }
 
 func (f *fakeFirewall) String() string { return "fake" }
@@ -73,7 +73,7 @@ func (f *fakeFirewall) stand() (rules, served []desired.Endpoint) {
 	return slices.Clone(f.rules), slices.Clone(f.served)
 }
 
-// keeps returns what the last ensure was told that others want.
+// keeps returns what the last apply was told that others want.
 func (f *fakeFirewall) keeps() []desired.Endpoint {
 	f.mu.Lock()
 	defer f.mu.Unlock()

@@ -12,17 +12,17 @@ import (
 // firewall keeps DNS to endpoints out of connection tracking: the queries that
 // come from elsewhere, the answers, and the queries of the node's own programs.
 type firewall interface {
-	// ensure makes the rules for exactly own stand, in place of what this backend
+	// apply makes the rules for exactly own stand, in place of what this backend
 	// has made before, and returns how many were missing. Of o it writes nothing. Nothing
 	// is left of it where nobody wants anything.
-	ensure(ctx context.Context, own []desired.Endpoint, o standing) (missing int, err error)
-	// serve is told what this process listens on; ensure has seen all of es.
-	serve(es []desired.Endpoint)
-	// leave sends new UDP queries to gone the way they would go without us, at
+	apply(ctx context.Context, own []desired.Endpoint, o standing) (missing int, err error)
+	// enforce is told what this process listens on; apply has seen all of es.
+	enforce(es []desired.Endpoint)
+	// withdraw sends new UDP queries to gone the way they would go without us, at
 	// once; what is under way (answers, TCP connections) stays out of connection
 	// tracking, or late answers would be tracked and catch their client's next
 	// queries. The next ensure takes the rest away.
-	leave(ctx context.Context, gone []desired.Endpoint) error
+	withdraw(ctx context.Context, gone []desired.Endpoint) error
 	// String names the backend for the log: "iptables 1.8.9 (nf_tables)".
 	String() string
 }

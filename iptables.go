@@ -67,7 +67,7 @@ func (t *iptables) variant() string {
 	return ""
 }
 
-func (t *iptables) ensure(ctx context.Context, own []desired.Endpoint, o standing) (missing int, err error) {
+func (t *iptables) apply(ctx context.Context, own []desired.Endpoint, o standing) (missing int, err error) {
 	for _, f := range []family{ipv4, ipv6} {
 		x, mine := t.families[f], ofFamily(own, f)
 		theirs := standing{ofFamily(o.others, f), ofFamily(o.leaving, f), o.unknown, ofFamily(o.alone, f)}
@@ -75,13 +75,13 @@ func (t *iptables) ensure(ctx context.Context, own []desired.Endpoint, o standin
 			// Maybe a process before this one had the family: look, where one can. Where the
 			// kernel lacks it, or its tables, the program fails, and nothing is there.
 			if len(own) > 0 && x.installed() {
-				if _, e := x.ensure(ctx, nil, theirs); e != nil {
+				if _, e := x.apply(ctx, nil, theirs); e != nil {
 					log.Debugf("looking for rules of IPv%d, which this process does not need: %v", f, e)
 				}
 			}
 			continue
 		}
-		n, e := x.ensure(ctx, mine, theirs)
+		n, e := x.apply(ctx, mine, theirs)
 		missing += n
 		err = errors.Join(err, e)
 	}
@@ -98,7 +98,7 @@ func ofFamily(es []desired.Endpoint, f family) []desired.Endpoint {
 	return own
 }
 
-func (t *iptables) serve(es []desired.Endpoint) {
+func (t *iptables) enforce(es []desired.Endpoint) {
 	t.heart.only(es)
 	for _, f := range []family{ipv4, ipv6} {
 		if !t.families[f].noRecent {
@@ -107,19 +107,19 @@ func (t *iptables) serve(es []desired.Endpoint) {
 	}
 }
 
-func (t *iptables) leave(ctx context.Context, gone []desired.Endpoint) (err error) {
+func (t *iptables) withdraw(ctx context.Context, gone []desired.Endpoint) (err error) {
 	for _, f := range []family{ipv4, ipv6} {
 		x, mine := t.families[f], ofFamily(gone, f)
 		if len(mine) > 0 && x.written {
-			err = errors.Join(err, x.leave(ctx, mine))
+			err = errors.Join(err, x.withdraw(ctx, mine))
 		}
 	}
 	return err
 }
 
-// ensure is firewall.ensure for one family. It asks iptables once for its version, runs
+// apply is firewall.apply for one family. It asks iptables once for its version, runs
 // iptables-save twice and, only where something is to change, iptables-restore once.
-func (x *xtables) ensure(ctx context.Context, own []desired.Endpoint, o standing) (missing int, err error) {
+func (x *xtables) apply(ctx context.Context, own []desired.Endpoint, o standing) (missing int, err error) {
 	if err := x.know(ctx); err != nil {
 		return 0, err
 	}
@@ -136,11 +136,11 @@ func (x *xtables) ensure(ctx context.Context, own []desired.Endpoint, o standing
 		return 0, err
 	}
 	x.first = have["raw"].chains["PREROUTING"]
-	p := x.plan(have, own, o)
+	p := x.rewrite(have, own, o)
 	if x.noRecent && !x.noList && len(own) > 0 {
 		// What the kernel lacked it may have by now, or it had no memory then.
 		x.noRecent = false
-		if x.write(ctx, x.plan(have, own, o), true) == nil {
+		if x.write(ctx, x.rewrite(have, own, o), true) == nil {
 			log.Infof("the kernel takes the match recent now")
 			return p.missing, nil
 		}
@@ -149,7 +149,7 @@ func (x *xtables) ensure(ctx context.Context, own []desired.Endpoint, o standing
 	err = x.write(ctx, p, len(own) > 0)
 	if err != nil && !x.noRecent && len(own) > 0 && mayLackRecent(err) {
 		x.noRecent = true
-		if x.write(ctx, x.plan(have, own, o), true) != nil {
+		if x.write(ctx, x.rewrite(have, own, o), true) != nil {
 			x.noRecent = false
 			return 0, err
 		}
@@ -163,7 +163,7 @@ func (x *xtables) ensure(ctx context.Context, own []desired.Endpoint, o standing
 		x.noRecent, x.noList = true, true
 		log.Warningf("%s can't be written: when this process dies, the node's own programs will not fall back to the cluster", recentPath(own[0].Addr))
 		if have, err = x.look(ctx, "raw", "filter"); err == nil {
-			err = x.write(ctx, x.plan(have, own, o), true)
+			err = x.write(ctx, x.rewrite(have, own, o), true)
 		}
 		if err != nil {
 			return 0, err
@@ -173,7 +173,7 @@ func (x *xtables) ensure(ctx context.Context, own []desired.Endpoint, o standing
 }
 
 // write carries p out. own tells whether it has rules of this process's own.
-func (x *xtables) write(ctx context.Context, p plan, own bool) error {
+func (x *xtables) write(ctx context.Context, p rewrite, own bool) error {
 	x.touched = x.touched || own
 	if p.changes() {
 		if err := x.restore(ctx, p.script()); err != nil {
@@ -196,15 +196,15 @@ func mayLackRecent(err error) bool {
 		(errors.Is(missing, fs.ErrNotExist) || strings.Contains(err.Error(), "recent"))
 }
 
-// leave takes the rules for new UDP queries to gone out of the table raw. All others stay
+// withdraw takes the rules for new UDP queries to gone out of the table raw. All others stay
 // as they stand.
-func (x *xtables) leave(ctx context.Context, gone []desired.Endpoint) error {
+func (x *xtables) withdraw(ctx context.Context, gone []desired.Endpoint) error {
 	have, err := x.look(ctx, "raw")
 	if err != nil {
 		return err
 	}
 	leaving := set(gone)
-	var p plan
+	var p rewrite
 	for _, h := range hooks {
 		if h.table != "raw" {
 			continue

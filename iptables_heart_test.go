@@ -22,14 +22,14 @@ func TestHeartRenewsLists(t *testing.T) {
 	variants(t, func(t *testing.T, v *variant) {
 		fw := newIPTables(func() { t.Error("the rules count as gone") })
 		es := dnsOn("169.254.20.10", "fd00:20::10")
-		_, err := fw.ensure(t.Context(), es, standing{})
+		_, err := fw.apply(t.Context(), es, standing{})
 		must(t, err)
 		for _, a := range addrs("169.254.20.10", "fd00:20::10") {
 			if got := lastSeen(a); got != "" {
 				t.Errorf("%s is in its list (%s) before anybody listens", a, got)
 			}
 		}
-		fw.serve(es)
+		fw.enforce(es)
 		for _, a := range addrs("169.254.20.10", "fd00:20::10") {
 			first := lastSeen(a)
 			if first == "" {
@@ -38,14 +38,14 @@ func TestHeartRenewsLists(t *testing.T) {
 			eventually(t, a.String()+" is renewed", func() bool { s := lastSeen(a); return s != "" && s != first })
 		}
 		// What is served no longer goes out of force at once.
-		fw.serve(ofFamily(es, ipv6))
+		fw.enforce(ofFamily(es, ipv6))
 		if got := lastSeen(addr("169.254.20.10")); got != "" {
 			t.Errorf("169.254.20.10 is still in its list (%s)", got)
 		}
 		if got := lastSeen(addr("fd00:20::10")); got == "" {
 			t.Error("fd00:20::10 is no more in its list")
 		}
-		fw.serve(nil)
+		fw.enforce(nil)
 		if fw.heart.stop != nil {
 			t.Error("the heart beats for nothing")
 		}
@@ -58,14 +58,14 @@ func TestHeartNoticesFlushedRules(t *testing.T) {
 		var flushed atomic.Int32
 		fw := newIPTables(func() { flushed.Add(1) })
 		es := dnsOn("169.254.20.10")
-		_, err := fw.ensure(t.Context(), es, standing{})
+		_, err := fw.apply(t.Context(), es, standing{})
 		must(t, err)
-		fw.serve(es)
+		fw.enforce(es)
 		v.run(t, "iptables", "-t", "raw", "-F")
 		eventually(t, "flushed is called", func() bool { return flushed.Load() > 0 })
-		_, err = fw.ensure(t.Context(), es, standing{})
+		_, err = fw.apply(t.Context(), es, standing{})
 		must(t, err)
-		fw.serve(es)
+		fw.enforce(es)
 		if lastSeen(addr("169.254.20.10")) == "" {
 			t.Error("the address is not in the new list")
 		}

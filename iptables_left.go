@@ -48,7 +48,7 @@ func (n *node) sweep() {
 		variantLegacy: func(f family) error { return n.sweepLegacy(ctx, f) },
 	} {
 		switch {
-		case variant == own: // ensure has done it
+		case variant == own: // apply has done it
 		case n.others.Variants[variant]:
 			n.left.looked = false
 		default:
@@ -106,7 +106,7 @@ func (n *node) sweepLegacy(ctx context.Context, f family) error {
 			return nil
 		}
 	}
-	_, err := x.ensure(ctx, nil, standing{})
+	_, err := x.apply(ctx, nil, standing{})
 	return err
 }
 

@@ -59,7 +59,7 @@ func TestTableThatCannotBeRead(t *testing.T) {
 			readable := unreadable(t, nft, in.table, in.chain)
 			fw := newIPTables(nil)
 			for range 2 {
-				_, err := fw.ensure(t.Context(), es, standing{})
+				_, err := fw.apply(t.Context(), es, standing{})
 				wantError(t, err, "iptables can't read the table "+in.table)
 				wantError(t, err, "use firewall nftables")
 				if !isFirewallError(err) {
@@ -70,27 +70,27 @@ func TestTableThatCannotBeRead(t *testing.T) {
 				t.Errorf("written was\n%s", got)
 			}
 			readable()
-			_, err := fw.ensure(t.Context(), es, standing{})
+			_, err := fw.apply(t.Context(), es, standing{})
 			must(t, err)
 			stood := nftRun(t, nft, "list", "ruleset")
 			readable = unreadable(t, nft, in.table, in.chain)
 			with := nftRun(t, nft, "list", "ruleset")
 			for range 3 {
-				_, err := fw.ensure(t.Context(), es, standing{})
+				_, err := fw.apply(t.Context(), es, standing{})
 				wantError(t, err, "iptables can't read the table "+in.table)
 			}
 			if got := nftRun(t, nft, "list", "ruleset"); got != with {
 				t.Errorf("the rules read\n%s\nwant\n%s", got, with)
 			}
 			readable()
-			n, err := fw.ensure(t.Context(), es, standing{})
+			n, err := fw.apply(t.Context(), es, standing{})
 			must(t, err)
 			if got := nftRun(t, nft, "list", "ruleset"); n != 0 || got != stood {
 				t.Errorf("%d were missing; the rules read\n%s\nwant\n%s", n, got, stood)
 			}
 			readable = unreadable(t, nft, in.table, in.chain)
 			// Another process's rules stay.
-			_, err = fw.ensure(t.Context(), nil, standing{others: es})
+			_, err = fw.apply(t.Context(), nil, standing{others: es})
 			wantError(t, err, "iptables can't read the table "+in.table)
 			remove(t, fw)
 			if got := nftRun(t, nft, "list", "ruleset"); strings.Contains(got, "NODECACHE") || !strings.Contains(got, "ct state new accept") {
@@ -125,7 +125,7 @@ func TestRulesOfOtherVariantAreRemoved(t *testing.T) {
 			before := v.rules(t)
 			killed := newIPTables(nil)
 			es := dnsOn("169.254.20.10", "fd00:20::10")
-			_, err := killed.ensure(t.Context(), es, standing{})
+			_, err := killed.apply(t.Context(), es, standing{})
 			must(t, err)
 
 			// iptables-legacy-save is in PATH only where the name iptables is not the legacy one.
@@ -185,7 +185,7 @@ func TestRulesOfOtherVariantAreTold(t *testing.T) {
 	v := newVariant(t, "legacy")
 	before := v.rules(t)
 	killed := newIPTables(nil)
-	_, err := killed.ensure(t.Context(), dnsOn("169.254.20.10"), standing{})
+	_, err := killed.apply(t.Context(), dnsOn("169.254.20.10"), standing{})
 	must(t, err)
 	t.Setenv("PATH", path)
 	newVariant(t, "nft")

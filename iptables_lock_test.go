@@ -36,7 +36,7 @@ func TestLockOfOtherProgramIsWaitedFor(t *testing.T) {
 	fw := newIPTables(nil)
 	es := dnsOn("169.254.20.10")
 	done := make(chan error, 1)
-	go func() { _, err := fw.ensure(t.Context(), es, standing{}); done <- err }()
+	go func() { _, err := fw.apply(t.Context(), es, standing{}); done <- err }()
 	// "1: -> FLOCK  ADVISORY  WRITE 123 fe:00:4711 0 EOF" is one that waits.
 	eventually(t, "iptables-restore waits for the lock", func() bool {
 		select {
@@ -58,11 +58,11 @@ func TestLockIsNotWaitedForWithoutEnd(t *testing.T) {
 	needRoot(t)
 	v := newVariant(t, "legacy")
 	fw := newIPTables(nil)
-	_, err := fw.ensure(t.Context(), dnsOn("169.254.20.10"), standing{})
+	_, err := fw.apply(t.Context(), dnsOn("169.254.20.10"), standing{})
 	must(t, err)
 	_, unlock := lock(t)
 	before := metric(t, "coredns_nodecache_setup_errors_total", errFirewallLock)
-	_, err = fw.ensure(t.Context(), dnsOn("10.96.0.10"), standing{})
+	_, err = fw.apply(t.Context(), dnsOn("10.96.0.10"), standing{})
 	wantError(t, err, "another program has held the xtables lock ("+lockFile()+") for 3s")
 	if !errors.As(count(err), new(lockError)) || isFirewallError(err) {
 		t.Errorf("%v is not known for the lock's", err)
@@ -83,7 +83,7 @@ func TestFirstRulesWaitLongerForLock(t *testing.T) {
 echo "Another app is currently holding the xtables lock. Stopped waiting after $3s." >&2
 exit 4`)
 	fw := newIPTables(nil)
-	_, err := fw.ensure(t.Context(), dnsOn("169.254.20.10"), standing{})
+	_, err := fw.apply(t.Context(), dnsOn("169.254.20.10"), standing{})
 	wantError(t, err, "for 20s")
 	wantError(t, err, "Stopped waiting after 20s")
 	if !errors.As(err, new(lockError)) {
@@ -107,7 +107,7 @@ func TestDeadlineBoundsLockAndProgram(t *testing.T) {
 	v := newVariant(t, "legacy")
 	fw := newIPTables(nil)
 	es := dnsOn("169.254.20.10")
-	_, err := fw.ensure(t.Context(), es, standing{})
+	_, err := fw.apply(t.Context(), es, standing{})
 	must(t, err)
 	within := func(d time.Duration) context.Context {
 		ctx, cancel := context.WithTimeout(t.Context(), d)
@@ -126,14 +126,14 @@ func TestDeadlineBoundsLockAndProgram(t *testing.T) {
 		t.Errorf("with no deadline the lock is waited for %s", got)
 	}
 	_, unlock := lock(t)
-	_, err = fw.ensure(within(1900*time.Millisecond), nil, standing{})
+	_, err = fw.apply(within(1900*time.Millisecond), nil, standing{})
 	wantError(t, err, "another program has held the xtables lock ("+lockFile()+") for 1s")
 	if !errors.As(err, new(lockError)) {
 		t.Errorf("%v is not known for the lock's", err)
 	}
 	unlock()
 	v.script(t, "iptables-restore", "exec "+lookPath(t, "/usr/bin/sleep")+" 600")
-	_, err = fw.ensure(within(500*time.Millisecond), nil, standing{})
+	_, err = fw.apply(within(500*time.Millisecond), nil, standing{})
 	wantError(t, err, "there was no more time")
 	must(t, os.Remove(filepath.Join(v.dir, "iptables-restore")))
 	must(t, os.Symlink(v.real["iptables-restore"], filepath.Join(v.dir, "iptables-restore")))

@@ -27,9 +27,9 @@ func TestRulesWithoutMatchRecent(t *testing.T) {
 		withoutRecent(t, v)
 		fw := newIPTables(func() { t.Error("the rules count as gone") })
 		es := dnsOn("169.254.20.10", "fd00:20::10")
-		_, err := fw.ensure(t.Context(), es, standing{})
+		_, err := fw.apply(t.Context(), es, standing{})
 		must(t, err)
-		fw.serve(es)
+		fw.enforce(es)
 		for f, x := range fw.families {
 			if !x.noRecent {
 				t.Errorf("IPv%d: the match recent is not given up", f)
@@ -42,8 +42,8 @@ func TestRulesWithoutMatchRecent(t *testing.T) {
 		if len(fw.heart.addrs) != 0 {
 			t.Errorf("the heart beats for %v, whose lists are not there", fw.heart.addrs)
 		}
-		if n, err := fw.ensure(t.Context(), es, standing{}); n != 0 || err != nil {
-			t.Errorf("a second ensure found %d missing, error %v", n, err)
+		if n, err := fw.apply(t.Context(), es, standing{}); n != 0 || err != nil {
+			t.Errorf("a second apply found %d missing, error %v", n, err)
 		}
 		remove(t, fw)
 	})
@@ -62,12 +62,12 @@ fi
 exec $real "$@"`, once))
 		fw := newIPTables(nil)
 		es := dnsOn("169.254.20.10")
-		_, err := fw.ensure(t.Context(), es, standing{})
+		_, err := fw.apply(t.Context(), es, standing{})
 		wantError(t, err, "Cannot allocate memory")
 		if fw.families[ipv4].noRecent {
 			t.Error("the match recent is given up")
 		}
-		_, err = fw.ensure(t.Context(), es, standing{})
+		_, err = fw.apply(t.Context(), es, standing{})
 		must(t, err)
 		wantRules(t, v, fw.families[ipv4], es)
 		remove(t, fw)
@@ -81,14 +81,14 @@ func TestRecentIsTriedAgain(t *testing.T) {
 		fw := newIPTables(nil)
 		es := dnsOn("169.254.20.10")
 		for range 2 {
-			_, err := fw.ensure(t.Context(), es, standing{})
+			_, err := fw.apply(t.Context(), es, standing{})
 			must(t, err)
 			if !fw.families[ipv4].noRecent {
 				t.Error("the match recent is not given up")
 			}
 		}
 		v.script(t, "iptables-restore", `exec $real "$@"`)
-		n, err := fw.ensure(t.Context(), es, standing{})
+		n, err := fw.apply(t.Context(), es, standing{})
 		must(t, err)
 		if n != 0 {
 			t.Errorf("%d rules count as removed by somebody", n)

@@ -47,7 +47,7 @@ func TestInputOfIPTablesRestore(t *testing.T) {
 		"filter": saved(t, "filter", ""),
 	}
 	script := func(x *xtables, have map[string]*table, own []desired.Endpoint, o standing) []byte {
-		return x.plan(have, own, o).script()
+		return x.rewrite(have, own, o).script()
 	}
 	for name, input := range map[string][]byte{
 		"v4":        script(&xtables{family: ipv4}, none, v4, standing{}),

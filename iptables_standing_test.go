@@ -42,14 +42,14 @@ func TestNothingIsWrittenForOthers(t *testing.T) {
 			{Addr: addr("fe80::1%x\nCOMMIT\n*nat"), Proto: "udp", Port: 53},
 		}
 		for range 2 {
-			n, err := fw.ensure(t.Context(), own, standing{others: claim, unknown: true})
+			n, err := fw.apply(t.Context(), own, standing{others: claim, unknown: true})
 			must(t, err)
 			if lines := v.ours(t); about(lines, "169.254.20.10", "fd00:20::10") != len(lines) {
 				t.Errorf("%d rules were missing, and these stand:\n%s", n, strings.Join(lines, "\n"))
 			}
 		}
 		// With no rule that stands for it, its word keeps no chain either.
-		_, err := fw.ensure(t.Context(), nil, standing{others: claim})
+		_, err := fw.apply(t.Context(), nil, standing{others: claim})
 		must(t, err)
 	})
 }
@@ -60,7 +60,7 @@ func TestRulesOfOthersStandVerbatim(t *testing.T) {
 	variants(t, func(t *testing.T, v *variant) {
 		other, fw := newIPTables(nil), newIPTables(nil)
 		theirs, own := dnsOn("169.254.20.11", "fd00:20::11"), dnsOn("169.254.20.10", "fd00:20::10")
-		_, err := other.ensure(t.Context(), theirs, standing{})
+		_, err := other.apply(t.Context(), theirs, standing{})
 		must(t, err)
 		// A release to come has a match that is unknown here, and words of its own.
 		v.run(t, "iptables", "-t", "raw", "-A", "NODECACHE-PREROUTING", "-d", "169.254.20.11", "-p", "udp", "--dport", "53", "-m", "ttl", "--ttl-gt", "3",
@@ -68,7 +68,7 @@ func TestRulesOfOthersStandVerbatim(t *testing.T) {
 		before := v.ours(t)
 		stand := func(what string, o standing, es []desired.Endpoint) {
 			t.Helper()
-			_, err := fw.ensure(t.Context(), es, o)
+			_, err := fw.apply(t.Context(), es, o)
 			must(t, err)
 			lines := v.ours(t)
 			for _, line := range before {
@@ -85,11 +85,11 @@ func TestRulesOfOthersStandVerbatim(t *testing.T) {
 		stand("with both, again", standing{others: theirs}, own)
 		for _, c := range v.called(t) {
 			if strings.HasSuffix(c, "-restore") {
-				t.Errorf("a second ensure has run %s", c)
+				t.Errorf("a second apply has run %s", c)
 			}
 		}
 		stand("while it does not say what it wants", standing{unknown: true}, own)
-		must(t, fw.leave(t.Context(), own))
+		must(t, fw.withdraw(t.Context(), own))
 		stand("while this one leaves", standing{others: theirs, leaving: own}, own)
 		if lines := v.ours(t); about(lines, "169.254.20.10") != 14-2 {
 			t.Errorf("the rules for new UDP queries to what is being left are there again:\n%s", strings.Join(lines, "\n"))
@@ -97,16 +97,16 @@ func TestRulesOfOthersStandVerbatim(t *testing.T) {
 		stand("after this one has left", standing{others: theirs}, nil)
 		// What the other one is missing is its own to write.
 		v.run(t, "iptables", "-t", "raw", "-D", "NODECACHE-PREROUTING", "1")
-		if n, err := fw.ensure(t.Context(), own, standing{others: theirs}); err != nil || about(v.ours(t), "169.254.20.11") != 14 {
+		if n, err := fw.apply(t.Context(), own, standing{others: theirs}); err != nil || about(v.ours(t), "169.254.20.11") != 14 {
 			t.Errorf("%d were missing, error %v, and these stand:\n%s", n, err, strings.Join(v.ours(t), "\n"))
 		}
 		// Words that it does not know, for what only it wants, are an older release's.
-		n, err := other.ensure(t.Context(), theirs, standing{others: own})
+		n, err := other.apply(t.Context(), theirs, standing{others: own})
 		must(t, err)
 		if lines := v.ours(t); n != 1 || about(lines, "169.254.20.11") != 14 || strings.Contains(strings.Join(lines, ""), "far") {
 			t.Errorf("the other one finds %d missing, want the one; these stand:\n%s", n, strings.Join(v.ours(t), "\n"))
 		}
-		_, err = fw.ensure(t.Context(), own, standing{})
+		_, err = fw.apply(t.Context(), own, standing{})
 		must(t, err)
 		if lines := v.ours(t); about(lines, "169.254.20.10", "fd00:20::10") != len(lines) {
 			t.Errorf("nobody wants the other's any more, and these stand:\n%s", strings.Join(lines, "\n"))
@@ -120,9 +120,9 @@ func TestKeepsWhatStands(t *testing.T) {
 	variants(t, func(t *testing.T, v *variant) {
 		silent, fw := newIPTables(nil), newIPTables(nil)
 		theirs := append(dnsOn("169.254.20.11", "fd00:20::11", "169.254.20.12"), extraPort("169.254.20.11", 8080))
-		_, err := silent.ensure(t.Context(), theirs, standing{})
+		_, err := silent.apply(t.Context(), theirs, standing{})
 		must(t, err)
-		must(t, silent.leave(t.Context(), dnsOn("169.254.20.12")))
+		must(t, silent.withdraw(t.Context(), dnsOn("169.254.20.12")))
 		v.run(t, "iptables", "-A", "NODECACHE-INPUT", "-p", "tcp", "--dport", "99", "-j", "ACCEPT")
 		before := v.ours(t)
 		unknown := standing{unknown: true}
@@ -139,15 +139,15 @@ func TestKeepsWhatStands(t *testing.T) {
 				t.Errorf("%d rules stand, want %d:\n%s", len(lines), want, strings.Join(lines, "\n"))
 			}
 		}
-		_, err = fw.ensure(t.Context(), own, unknown)
+		_, err = fw.apply(t.Context(), own, unknown)
 		must(t, err)
 		stand(28)
-		must(t, fw.leave(t.Context(), dnsOn("fd00:20::10")))
+		must(t, fw.withdraw(t.Context(), dnsOn("fd00:20::10")))
 		stand(26)
-		_, err = fw.ensure(t.Context(), nil, unknown)
+		_, err = fw.apply(t.Context(), nil, unknown)
 		must(t, err)
 		stand(26)
-		_, err = fw.ensure(t.Context(), own, standing{})
+		_, err = fw.apply(t.Context(), own, standing{})
 		must(t, err)
 		for f, x := range fw.families {
 			wantRules(t, v, x, ofFamily(own, f))

@@ -27,7 +27,7 @@ func TestEnsureMakesExactlyTheRules(t *testing.T) {
 	variants(t, func(t *testing.T, v *variant) {
 		fw := newIPTables(nil)
 		es := append(dnsOn("169.254.20.10", "10.96.0.10", "fd00:20::10"), extraPort("169.254.20.10", 8080), extraPort("fd00:20::10", 8080))
-		n, err := fw.ensure(t.Context(), es, standing{})
+		n, err := fw.apply(t.Context(), es, standing{})
 		must(t, err)
 		all := 0
 		for f, x := range fw.families {
@@ -48,7 +48,7 @@ func TestEnsureMakesExactlyTheRules(t *testing.T) {
 			t.Errorf("the backend calls itself %q, want the version and %s", got, want)
 		}
 		// Fewer endpoints, then another family only.
-		_, err = fw.ensure(t.Context(), es[:2], standing{})
+		_, err = fw.apply(t.Context(), es[:2], standing{})
 		must(t, err)
 		wantRules(t, v, fw.families[ipv4], ofFamily(es[:2], ipv4))
 		if text := v.rules(t); strings.Contains(text, "fd00:20::10") {
@@ -63,15 +63,15 @@ func TestSecondEnsureWritesNothing(t *testing.T) {
 		v.count(t)
 		fw := newIPTables(nil)
 		es := append(dnsOn("169.254.20.10", "fd00:20::10"), extraPort("169.254.20.10", 8080))
-		_, err := fw.ensure(t.Context(), es, standing{})
+		_, err := fw.apply(t.Context(), es, standing{})
 		must(t, err)
 		v.called(t)
-		if n, err := fw.ensure(t.Context(), es, standing{}); n != 0 || err != nil {
-			t.Errorf("a second ensure found %d missing, error %v", n, err)
+		if n, err := fw.apply(t.Context(), es, standing{}); n != 0 || err != nil {
+			t.Errorf("a second apply found %d missing, error %v", n, err)
 		}
 		for _, c := range v.called(t) {
 			if !strings.HasSuffix(c, "-save") {
-				t.Errorf("a second ensure has run %s", c)
+				t.Errorf("a second apply has run %s", c)
 			}
 		}
 		remove(t, fw)
@@ -119,14 +119,14 @@ func TestForeignRulesAreUntouched(t *testing.T) {
 			}
 			fw := newIPTables(nil)
 			for _, es := range [][]desired.Endpoint{dnsOn("169.254.20.10", "fd00:20::10"), dnsOn("fd00:20::10"), dnsOn("10.96.0.10")} {
-				_, err := fw.ensure(t.Context(), es, standing{})
+				_, err := fw.apply(t.Context(), es, standing{})
 				must(t, err)
 				for f, x := range fw.families {
 					if x.written {
 						wantRules(t, v, x, ofFamily(es, f))
 					}
 				}
-				must(t, fw.leave(t.Context(), es))
+				must(t, fw.withdraw(t.Context(), es))
 				if got := withoutOurs(); got != before {
 					t.Errorf("foreign rules read\n%s\nwant\n%s", got, before)
 				}
@@ -148,7 +148,7 @@ func TestEnsureRepairs(t *testing.T) {
 			}
 			f := familyOf(es[0].Addr)
 			fw := newIPTables(nil)
-			_, err := fw.ensure(t.Context(), es, standing{})
+			_, err := fw.apply(t.Context(), es, standing{})
 			must(t, err)
 			jump := []string{"-m", "comment", "--comment", "nodecache: DNS cache of this node", "-j"}
 			for _, h := range hooks {
@@ -168,7 +168,7 @@ func TestEnsureRepairs(t *testing.T) {
 					for _, args := range damage.args {
 						v.run(t, program, append([]string{"-t", h.table}, args...)...)
 					}
-					n, err := fw.ensure(t.Context(), es, standing{})
+					n, err := fw.apply(t.Context(), es, standing{})
 					if err != nil || damage.missing >= 0 && n != damage.missing || damage.missing < 0 && n == 0 {
 						t.Errorf("%s %s %s: %d were missing, want %d; error %v", program, damage.what, h.chain, n, damage.missing, err)
 					}
@@ -187,12 +187,12 @@ func TestRulesOfKilledProcessAreAdopted(t *testing.T) {
 	variants(t, func(t *testing.T, v *variant) {
 		killed := newIPTables(nil) // its rules stay, and nothing of its memory
 		old := dnsOn("169.254.20.10", "fd00:20::10")
-		_, err := killed.ensure(t.Context(), old, standing{})
+		_, err := killed.apply(t.Context(), old, standing{})
 		must(t, err)
 
 		fw := newIPTables(nil)
 		es := dnsOn("10.96.0.10")
-		_, err = fw.ensure(t.Context(), es, standing{})
+		_, err = fw.apply(t.Context(), es, standing{})
 		must(t, err)
 		wantRules(t, v, fw.families[ipv4], es)
 		if text := v.rules(t); strings.Contains(text, "fd00:20::10") || strings.Contains(text, "169.254.20.10") {
@@ -207,10 +207,10 @@ func TestRulesOfKilledProcessAreAdopted(t *testing.T) {
 func TestSameRulesOfKilledProcessAreRemoved(t *testing.T) {
 	variants(t, func(t *testing.T, v *variant) {
 		es := dnsOn("169.254.20.10", "fd00:20::10")
-		_, err := newIPTables(nil).ensure(t.Context(), es, standing{})
+		_, err := newIPTables(nil).apply(t.Context(), es, standing{})
 		must(t, err)
 		fw := newIPTables(nil)
-		n, err := fw.ensure(t.Context(), es, standing{})
+		n, err := fw.apply(t.Context(), es, standing{})
 		must(t, err)
 		if n != 0 {
 			t.Errorf("%d rules were missing, want none", n)
@@ -223,11 +223,11 @@ func TestLeaveTakesRulesForNewUDPQueriesOnly(t *testing.T) {
 	variants(t, func(t *testing.T, v *variant) {
 		fw := newIPTables(nil)
 		es := dnsOn("169.254.20.10", "10.96.0.10", "fd00:20::10")
-		must(t, fw.leave(t.Context(), es)) // of nothing, before anything was made
-		_, err := fw.ensure(t.Context(), es, standing{})
+		must(t, fw.withdraw(t.Context(), es)) // of nothing, before anything was made
+		_, err := fw.apply(t.Context(), es, standing{})
 		must(t, err)
 		gone := dnsOn("169.254.20.10", "fd00:20::10")
-		must(t, fw.leave(t.Context(), gone))
+		must(t, fw.withdraw(t.Context(), gone))
 		for f, x := range fw.families {
 			wantChains(t, v, x, ofFamily(es, f), ofFamily(gone, f))
 		}
@@ -270,7 +270,7 @@ func TestStandsNoticesWhatIPTablesNFTDoes(t *testing.T) {
 		if !fw.stands() {
 			t.Error("nothing was made, and it does not stand")
 		}
-		_, err := fw.ensure(t.Context(), es, standing{})
+		_, err := fw.apply(t.Context(), es, standing{})
 		must(t, err)
 		if !fw.stands() {
 			t.Fatal("what was just made does not stand")
@@ -283,7 +283,7 @@ func TestStandsNoticesWhatIPTablesNFTDoes(t *testing.T) {
 					if fw.stands() {
 						t.Errorf("%s -t %s %v goes unnoticed", program, h.table, args)
 					}
-					_, err := fw.ensure(t.Context(), es, standing{})
+					_, err := fw.apply(t.Context(), es, standing{})
 					must(t, err)
 				}
 			}
@@ -309,7 +309,7 @@ func TestNumberOfProcesses(t *testing.T) {
 			}
 			slices.SortFunc(es, desired.Compare)
 			fw := newIPTables(nil)
-			_, err := fw.ensure(t.Context(), es, standing{})
+			_, err := fw.apply(t.Context(), es, standing{})
 			must(t, err)
 			perFamily := func(doing string) {
 				calls := v.called(t)
@@ -324,8 +324,8 @@ func TestNumberOfProcesses(t *testing.T) {
 				}
 			}
 			perFamily("the set-up")
-			fw.serve(es)
-			must(t, fw.leave(t.Context(), es))
+			fw.enforce(es)
+			must(t, fw.withdraw(t.Context(), es))
 			remove(t, fw)
 			perFamily("the removal")
 		}

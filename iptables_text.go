@@ -137,8 +137,8 @@ func set(es []desired.Endpoint) map[desired.Endpoint]bool {
 	return s
 }
 
-// plan is what a look at the tables leads to.
-type plan struct {
+// rewrite is what a look at the tables leads to.
+type rewrite struct {
 	chains  []planned
 	missing int // jumps and rules of this process's own
 }
@@ -155,7 +155,7 @@ type planned struct {
 
 func (c planned) changes() bool { return c.write || c.remove || c.insert || len(c.drop) > 0 }
 
-func (p plan) changes() bool {
+func (p rewrite) changes() bool {
 	for _, c := range p.chains {
 		if c.changes() {
 			return true
@@ -164,9 +164,9 @@ func (p plan) changes() bool {
 	return false
 }
 
-// plan returns what has to be written for own. Rules that stand for what only other
+// rewrite returns what has to be written for own. Rules that stand for what only other
 // processes want stay as they are printed, and are not written where they are missing.
-func (x *xtables) plan(have map[string]*table, own []desired.Endpoint, o standing) (p plan) {
+func (x *xtables) rewrite(have map[string]*table, own []desired.Endpoint, o standing) (p rewrite) {
 	mine, theirs, leaving, alone := set(own), set(o.others), set(o.leaving), set(o.alone)
 	stays := len(own) > 0 || o.unknown && len(alone) == 0
 	for _, h := range hooks {
@@ -225,7 +225,7 @@ func (x *xtables) plan(have map[string]*table, own []desired.Endpoint, o standin
 
 // script returns the input of iptables-restore --noflush that carries p out, which
 // commits each table as one transaction.
-func (p plan) script() []byte {
+func (p rewrite) script() []byte {
 	var b bytes.Buffer
 	for _, name := range []string{"raw", "filter"} {
 		var decls, rules, jumps bytes.Buffer

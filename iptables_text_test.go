@@ -40,7 +40,7 @@ func TestTextOfIPTablesSave(t *testing.T) {
 		if got := have["filter"].chains["INPUT"]; len(got) != 2 {
 			t.Errorf("%s: INPUT has the rules %q", version, got)
 		}
-		if p := (&xtables{family: ipv4}).plan(have, es, standing{}); p.changes() || p.missing > 0 {
+		if p := (&xtables{family: ipv4}).rewrite(have, es, standing{}); p.changes() || p.missing > 0 {
 			t.Errorf("%s: %d rules are missing, and this would be written:\n%s", version, p.missing, p.script())
 		}
 	}
@@ -53,7 +53,7 @@ func TestTableThatIsNotThereIsEmpty(t *testing.T) {
 		raw, err := readTable("raw", text)
 		must(t, err)
 		have := map[string]*table{"raw": raw, "filter": saved(t, "filter", "")}
-		if n := (&xtables{family: ipv4}).plan(have, dnsOn("10.96.0.10"), standing{}).missing; n != 18 {
+		if n := (&xtables{family: ipv4}).rewrite(have, dnsOn("10.96.0.10"), standing{}).missing; n != 18 {
 			t.Errorf("of %q %d rules and jumps are missing, want 18", text, n)
 		}
 	}
@@ -123,7 +123,7 @@ func FuzzSave(f *testing.F) {
 			own = dnsOn("10.96.0.10")
 		}
 		x := &xtables{family: ipv4}
-		p := x.plan(have, own, standing{others: dnsOn("169.254.20.10"), leaving: own[:len(own)/2], unknown: unknown})
+		p := x.rewrite(have, own, standing{others: dnsOn("169.254.20.10"), leaving: own[:len(own)/2], unknown: unknown})
 		if p.missing > 0 && !owned {
 			t.Errorf("%d rules are missing of nothing", p.missing)
 		}
@@ -172,12 +172,12 @@ func check(b *testing.B, n int) {
 	es := manyDNS(n)
 	x := &xtables{family: ipv4}
 	have := map[string]*table{"raw": saved(b, "raw", ""), "filter": saved(b, "filter", "")}
-	for _, c := range x.plan(have, es, standing{}).chains {
+	for _, c := range x.rewrite(have, es, standing{}).chains {
 		have[c.table].chains[c.chain] = c.lines
 		have[c.table].chains[c.builtin] = append(have[c.table].chains[c.builtin], "-A "+c.builtin+" "+c.jump())
 	}
 	for b.Loop() {
-		if p := x.plan(have, es, standing{others: es, leaving: es[:n]}); p.missing > 0 {
+		if p := x.rewrite(have, es, standing{others: es, leaving: es[:n]}); p.missing > 0 {
 			b.Fatalf("%d are missing", p.missing)
 		}
 	}

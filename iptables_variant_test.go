@@ -140,8 +140,8 @@ func (v *variant) flush(t testing.TB) {
 // remove has fw remove everything of its own.
 func remove(t testing.TB, fw firewall) {
 	t.Helper()
-	fw.serve(nil)
-	_, err := fw.ensure(t.Context(), nil, standing{})
+	fw.enforce(nil)
+	_, err := fw.apply(t.Context(), nil, standing{})
 	must(t, err)
 }
 

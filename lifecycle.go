@@ -39,7 +39,7 @@ func (n *node) start(cfg *config) error {
 func (n *node) bring(cfg *config) error {
 	began := time.Now()
 	was := n.want
-	target := cfg.state(false, n.resolve)
+	target := cfg.state(n.resolve)
 	want := was.Union(target)
 	// Shown before anything is made: who leaves meanwhile leaves it in place.
 	if err := n.show(want, n.serves()); err != nil {
@@ -72,17 +72,17 @@ func (n *node) bring(cfg *config) error {
 	// read, with their sockets open, as soon as the new ones listen.
 	n.want = want
 	n.on(life.Begins, cfg)
-	n.leave(was.Minus(target))
+	n.giveUp(was.Minus(target))
 	if n.life.Kind == life.Changing {
-		n.serve(was.Only(target))
+		n.enforce(was.Only(target))
 		n.readOut()
 	}
 	n.tick(cfg.sync())
 	if !want.Empty() {
 		n.watch()
 	}
-	first := !caddy.Started()
-	if n.life.Kind == life.Rising && !first {
+	starting := !caddy.Started()
+	if n.life.Kind == life.Rising && !starting {
 		// The instance in force has no callback of ours that would tell of a failure.
 		for _, i := range caddy.Instances() {
 			if configOf(i) != cfg {
@@ -90,7 +90,7 @@ func (n *node) bring(cfg *config) error {
 			}
 		}
 	}
-	go n.await(cfg, first, began)
+	go n.await(cfg, starting, began)
 	return nil
 }
 
@@ -108,14 +108,14 @@ func (n *node) abandon(cfg *config) {
 // to nothing where there is none.
 func (n *node) settleInto() {
 	cfg := n.life.InForce
-	want := cfg.state(false, n.resolve)
+	want := cfg.state(n.resolve)
 	if cfg == nil {
 		n.ready.Store(false)
 		n.syncTick.Stop()
 		n.fast.Only(nil)
 	}
 	done := n.reduceTo(want)
-	n.serve(want)
+	n.enforce(want)
 	if cfg == nil && done {
 		log.Infof("no server block in force has nodecache; nothing of it is on the node any more")
 	}
@@ -142,8 +142,8 @@ func (n *node) serves() []desired.Endpoint {
 }
 
 // await waits until CoreDNS listens on everything of cfg and completes its start.
-// first is true for the process's first instance: if that fails the process ends.
-func (n *node) await(cfg *config, first bool, began time.Time) {
+// starting is true for the process's first instance: if that fails the process ends.
+func (n *node) await(cfg *config, starting bool, began time.Time) {
 	es := cfg.listeners()
 	since := time.Time{}
 	for {
@@ -163,7 +163,7 @@ func (n *node) await(cfg *config, first bool, began time.Time) {
 			switch {
 			case !n.life.Has(cfg) || n.exited():
 				over = true
-			case !since.IsZero() && (first || n.life.InForce == cfg || time.Since(since) >= settle):
+			case !since.IsZero() && (starting || n.life.InForce == cfg || time.Since(since) >= settle):
 				n.complete(cfg, began)
 				over = true
 			}
@@ -177,14 +177,14 @@ func (n *node) await(cfg *config, first bool, began time.Time) {
 
 // complete is called once CoreDNS listens on everything of cfg.
 func (n *node) complete(cfg *config, began time.Time) {
-	target := cfg.state(false, n.resolve)
+	target := cfg.state(n.resolve)
 	if n.exits == nil {
 		var err error
 		if n.exits, err = n.member.HearLastWords(); err != nil {
 			log.Warningf("%v; exits of other processes are not counted", err)
 		}
 	}
-	n.serve(target)
+	n.enforce(target)
 	if err := sockets.DeepenAll(cfg.listeners()); err != nil {
 		log.Warningf("making room for more unread queries: %v", err)
 	}
@@ -222,10 +222,10 @@ func orNone(s []string, none string) string {
 	return strings.Join(s, ", ")
 }
 
-// leave begins to give up going, and says so to the others: what nobody else stays
+// giveUp begins to give up going, and says so to the others: what nobody else stays
 // for gets no new UDP queries, and the node's own programs do not send from its
 // addresses any more. The next reduce ends this state.
-func (n *node) leave(going desired.State) {
+func (n *node) giveUp(going desired.State) {
 	if going.Empty() && !n.exited() {
 		return
 	}
@@ -245,7 +245,7 @@ func (n *node) leave(going desired.State) {
 		var errs []error
 		for name, es := range gone.Rules {
 			if fw := n.firewalls[name]; fw != nil {
-				errs = append(errs, fw.leave(ctx, es))
+				errs = append(errs, fw.withdraw(ctx, es))
 			}
 		}
 		return errors.Join(errs...)
@@ -363,8 +363,8 @@ func (n *node) onlyShared() desired.State {
 func (n *node) dropped() {
 	n.do(func() error {
 		if cfg := n.life.InForce; cfg != nil && cfg.restarting && n.on(life.Drops, cfg) {
-			n.leave(n.want)
-			n.serve(n.onlyShared())
+			n.giveUp(n.want)
+			n.enforce(n.onlyShared())
 			n.readOut()
 		}
 		return nil

@@ -17,7 +17,7 @@ import (
 
 // Kinds of setup errors, as node-cache of kubernetes/dns labels them.
 const (
-	errFirewall       = "iptables"
+	errFirewall       = "iptables" // of either backend
 	errFirewallLock   = "iptables_lock"
 	errInterfaceAdd   = "interface_add"
 	errInterfaceCheck = "interface_check"

@@ -65,7 +65,7 @@ func TestEnsureMakesLinkWithAddresses(t *testing.T) {
 		t.Error("the link is up, which IPv4 does not need")
 	}
 	if missing, err := n.ensure(addrs("169.254.20.10", "10.96.0.10")); err != nil || len(missing) != 0 {
-		t.Errorf("a second ensure has put back %v, error %v", missing, err)
+		t.Errorf("a second apply has put back %v, error %v", missing, err)
 	}
 }
 

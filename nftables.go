@@ -56,7 +56,7 @@ func newNFT() *nft { return &nft{} }
 
 func (t *nft) String() string { return "nftables" }
 
-func (t *nft) ensure(_ context.Context, es []desired.Endpoint, _ standing) (missing int, err error) {
+func (t *nft) apply(_ context.Context, es []desired.Endpoint, _ standing) (missing int, err error) {
 	es = plain(es)
 	if t.table != nil {
 		switch missing, err = t.readBack(); {
@@ -91,7 +91,7 @@ func (t *nft) ensure(_ context.Context, es []desired.Endpoint, _ standing) (miss
 	})
 }
 
-func (t *nft) serve(es []desired.Endpoint) {
+func (t *nft) enforce(es []desired.Endpoint) {
 	es = plain(es)
 	if t.table == nil {
 		return
@@ -113,7 +113,7 @@ func (t *nft) serve(es []desired.Endpoint) {
 	}
 }
 
-func (t *nft) leave(_ context.Context, gone []desired.Endpoint) error {
+func (t *nft) withdraw(_ context.Context, gone []desired.Endpoint) error {
 	if t.table == nil {
 		return nil
 	}
@@ -237,7 +237,7 @@ func (t *nft) change(es []desired.Endpoint, wanted func(role string, e desired.E
 			t.conn.SetDeleteElements(t.sets[s], leaves)
 		}
 	}
-	// One that fails has changed nothing, or what it has the next ensure reads back.
+	// One that fails has changed nothing, or what it has the next apply reads back.
 	if err := t.flush("writing"); err != nil {
 		return err
 	}

@@ -90,17 +90,17 @@ func newTestNFT(t *testing.T) *nft {
 
 func TestNFTTakesQueriesOnlyOnceServed(t *testing.T) {
 	fw := newTestNFT(t)
-	fw.serve(dnsOn("10.96.0.10")) // before anything is ensured
-	must(t, fw.leave(t.Context(), dnsOn("10.96.0.10")))
+	fw.enforce(dnsOn("10.96.0.10")) // before anything is ensured
+	must(t, fw.withdraw(t.Context(), dnsOn("10.96.0.10")))
 	es := dnsOn("169.254.20.10", "fd00:20::10")
 	all := list(es)
-	_, err := fw.ensure(t.Context(), es, standing{})
+	_, err := fw.apply(t.Context(), es, standing{})
 	must(t, err)
 	wantElements(t, "", all, "")
-	fw.serve(es)
+	fw.enforce(es)
 	wantElements(t, all, all, all)
-	if n, err := fw.ensure(t.Context(), es, standing{}); n != 0 || err != nil {
-		t.Errorf("a second ensure found %d missing, error %v", n, err)
+	if n, err := fw.apply(t.Context(), es, standing{}); n != 0 || err != nil {
+		t.Errorf("a second apply found %d missing, error %v", n, err)
 	}
 	wantElements(t, all, all, all)
 }
@@ -109,13 +109,13 @@ func TestNFTLeaveTakesNewUDPQueriesOnly(t *testing.T) {
 	fw := newTestNFT(t)
 	es := dnsOn("169.254.20.10", "fd00:20::10")
 	all := list(es)
-	_, err := fw.ensure(t.Context(), es, standing{})
+	_, err := fw.apply(t.Context(), es, standing{})
 	must(t, err)
-	fw.serve(es)
-	must(t, fw.leave(t.Context(), dnsOn("169.254.20.10")))
+	fw.enforce(es)
+	must(t, fw.withdraw(t.Context(), dnsOn("169.254.20.10")))
 	rest := list(slices.DeleteFunc(slices.Clone(es), func(e desired.Endpoint) bool { return e == dnsOn("169.254.20.10")[0] }))
 	wantElements(t, rest, all, rest)
-	must(t, fw.leave(t.Context(), dnsOn("169.254.20.10"))) // again
+	must(t, fw.withdraw(t.Context(), dnsOn("169.254.20.10"))) // again
 	wantElements(t, rest, all, rest)
 }
 
@@ -123,14 +123,14 @@ func TestNFTReloadKeepsWhatStays(t *testing.T) {
 	fw := newTestNFT(t)
 	old, next := dnsOn("169.254.20.10", "fd00:20::10"), dnsOn("10.96.0.10", "fd00:20::10")
 	both := dnsOn("169.254.20.10", "10.96.0.10", "fd00:20::10")
-	_, err := fw.ensure(t.Context(), old, standing{})
+	_, err := fw.apply(t.Context(), old, standing{})
 	must(t, err)
-	fw.serve(old)
-	_, err = fw.ensure(t.Context(), both, standing{})
+	fw.enforce(old)
+	_, err = fw.apply(t.Context(), both, standing{})
 	must(t, err)
 	wantElements(t, list(old), list(both), list(old))
-	fw.serve(both)
-	_, err = fw.ensure(t.Context(), next, standing{})
+	fw.enforce(both)
+	_, err = fw.apply(t.Context(), next, standing{})
 	must(t, err)
 	wantElements(t, list(next), list(next), list(next))
 }
@@ -142,17 +142,17 @@ func TestNFTTakesManyEndpoints(t *testing.T) {
 	for i := range 2500 {
 		es = append(es, dnsOn(fmt.Sprintf("10.%d.%d.1", 1+i/250, i%250), fmt.Sprintf("fd00:20::%x", i+1))...)
 	}
-	_, err := fw.ensure(t.Context(), es, standing{})
+	_, err := fw.apply(t.Context(), es, standing{})
 	must(t, err)
-	fw.serve(es)
-	missing, err := fw.ensure(t.Context(), es, standing{})
+	fw.enforce(es)
+	missing, err := fw.apply(t.Context(), es, standing{})
 	must(t, err)
 	for s, has := range fw.has { // as read back
 		if missing != 0 || len(has) != len(es)/2 {
 			t.Errorf("the set %s%d has %d elements, want %d; %d are missing", s.role, s.family, len(has), len(es)/2, missing)
 		}
 	}
-	_, err = fw.ensure(t.Context(), es[:4], standing{})
+	_, err = fw.apply(t.Context(), es[:4], standing{})
 	must(t, err)
 	slices.SortFunc(es[:4], desired.Compare)
 	wantElements(t, list(es[:4]), list(es[:4]), list(es[:4]))
@@ -161,7 +161,7 @@ func TestNFTTakesManyEndpoints(t *testing.T) {
 func TestNFTTableIsNobodyElsesToChange(t *testing.T) {
 	fw := newTestNFT(t)
 	es := dnsOn("169.254.20.10")
-	_, err := fw.ensure(t.Context(), es, standing{})
+	_, err := fw.apply(t.Context(), es, standing{})
 	must(t, err)
 	other, err := nftables.New()
 	must(t, err)
@@ -177,7 +177,7 @@ func TestNFTTableIsNobodyElsesToChange(t *testing.T) {
 func TestNFTTableGoesWithItsSocket(t *testing.T) {
 	needRoot(t)
 	fw := newNFT()
-	_, err := fw.ensure(t.Context(), dnsOn("169.254.20.10", "fd00:20::10"), standing{})
+	_, err := fw.apply(t.Context(), dnsOn("169.254.20.10", "fd00:20::10"), standing{})
 	must(t, err)
 	fw.conn.CloseLasting() // as the kernel does when the process dies
 	c, err := nftables.New()
@@ -195,7 +195,7 @@ func TestNFTLeavesForeignTables(t *testing.T) {
 	must(t, c.Flush())
 	defer func() { c.DelTable(foreign); c.Flush() }()
 	fw := newNFT()
-	_, err = fw.ensure(t.Context(), dnsOn("169.254.20.10"), standing{})
+	_, err = fw.apply(t.Context(), dnsOn("169.254.20.10"), standing{})
 	must(t, err)
 	if own := nftOwn(t, c); len(own) != 2 {
 		t.Errorf("%d tables, want ours and the foreign one", len(own))
@@ -210,18 +210,18 @@ func TestNFTLeavesForeignTables(t *testing.T) {
 func TestNFTPutsTableBack(t *testing.T) {
 	fw := newTestNFT(t)
 	es := dnsOn("169.254.20.10", "fd00:20::10")
-	_, err := fw.ensure(t.Context(), es, standing{})
+	_, err := fw.apply(t.Context(), es, standing{})
 	must(t, err)
-	fw.serve(es)
+	fw.enforce(es)
 	fw.conn.DelTable(fw.table) // only its owner could
 	must(t, fw.conn.Flush())
-	n, err := fw.ensure(t.Context(), es, standing{})
+	n, err := fw.apply(t.Context(), es, standing{})
 	must(t, err)
 	if n != len(es) {
 		t.Errorf("%d were missing, want %d", n, len(es))
 	}
 	wantElements(t, "", list(es), "")
-	fw.serve(es)
+	fw.enforce(es)
 	wantElements(t, list(es), list(es), list(es))
 }
 

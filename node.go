@@ -204,9 +204,9 @@ func poke(c chan struct{}) {
 	}
 }
 
-// links returns the names of the links that the configuration in force has, and
+// linksInUse returns the names of the links that the configuration in force has, and
 // those of other processes: when they leave, their addresses go with them.
-func (n *node) links() (names []string) {
+func (n *node) linksInUse() (names []string) {
 	n.do(func() error {
 		names = slices.Collect(maps.Keys(n.netifs))
 		o, err := n.member.Ask(peers.AskLimit)

@@ -47,7 +47,7 @@ func TestLastOneOutTearsDown(t *testing.T) {
 	wantCarried(t, testLink, "169.254.20.10", "fd00:20::10")
 	// A report of the kernel's on the addresses may have it look after its rules first.
 	calls := aFW.heard()
-	if !slices.ContainsFunc(calls, func(c string) bool { return strings.HasPrefix(c, "leave "+dnsOf("10.96.0.10")+" on") }) {
+	if !slices.ContainsFunc(calls, func(c string) bool { return strings.HasPrefix(c, "withdraw "+dnsOf("10.96.0.10")+" on") }) {
 		t.Errorf("the first one leaves more than what is its own: %q", calls)
 	}
 	wantRulesOf(t, "the first one, which has left,", aFW, "", "169.254.20.10,fd00:20::10")
@@ -160,7 +160,7 @@ func TestTwinHeedsWhoLeaves(t *testing.T) {
 	left := make(chan bool)
 	aFW.heard()
 	go func() { a.exit(); close(left) }()
-	eventually(t, "the first one leaves", func() bool { return strings.Contains(strings.Join(aFW.heard(), " "), "leave ") })
+	eventually(t, "the first one leaves", func() bool { return strings.Contains(strings.Join(aFW.heard(), " "), "withdraw ") })
 	must(t, b.do(func() error { b.repair(false, "this test"); return nil }))
 	wantRulesOf(t, "while the first one leaves, the second one", bFW, "169.254.20.10,fd00:20::10", "10.96.0.10,169.254.20.10")
 	o, err := b.member.Ask(peers.AskLimit)

@@ -14,7 +14,7 @@ func TestExitGoesBeforeRepairs(t *testing.T) {
 		entered, release := make(chan bool, 1), make(chan bool)
 		fw.say(func() {
 			fw.during = func(what string) {
-				if what == "ensure" {
+				if what == "apply" {
 					select {
 					case entered <- true:
 						<-release
@@ -34,10 +34,10 @@ func TestExitGoesBeforeRepairs(t *testing.T) {
 		close(release)
 		<-left
 		for _, call := range fw.heard()[1:] { // after that of the repair under way
-			if strings.HasPrefix(call, "leave") {
+			if strings.HasPrefix(call, "withdraw") {
 				break
 			}
-			if strings.HasPrefix(call, "ensure") {
+			if strings.HasPrefix(call, "apply") {
 				t.Errorf("before it leaves the firewall hears %q", call)
 			}
 		}

@@ -22,19 +22,19 @@ func TestReloadAddsFirstAndReducesLast(t *testing.T) {
 	n.restarting(old, true)
 	must(t, n.start(next))
 	// What goes is left while the old servers still read, and what stays goes on.
-	wantCalls(t, fw, "ensure "+allDNS+" on "+all, "leave "+dnsOf("169.254.20.10")+" on "+all,
-		"serve "+dnsOf("10.96.0.10", "fd00:20::10")+" on "+all)
+	wantCalls(t, fw, "apply "+allDNS+" on "+all, "withdraw "+dnsOf("169.254.20.10")+" on "+all,
+		"enforce "+dnsOf("10.96.0.10", "fd00:20::10")+" on "+all)
 	serveOn(t, next.listeners()...)
 	var calls []string
 	eventually(t, "the reload is complete", func() bool { calls = append(calls, fw.heard()...); return len(calls) > 0 })
-	if want := []string{"serve " + dnsOf("10.96.0.10", "fd00:20::10", "fd00:20::11") + " on " + all}; !slices.Equal(calls, want) {
+	if want := []string{"enforce " + dnsOf("10.96.0.10", "fd00:20::10", "fd00:20::11") + " on " + all}; !slices.Equal(calls, want) {
 		t.Errorf("the firewall heard %q, want %q", calls, want)
 	}
 	closeAll(oldSocks)
 	n.replaced(old)
 	wantCarried(t, testLink, "10.96.0.10", "fd00:20::10", "fd00:20::11")
 	rest := dnsOf("10.96.0.10", "fd00:20::10", "fd00:20::11")
-	wantCalls(t, fw, "ensure "+rest+" on "+all, "serve "+rest+" on 10.96.0.10,fd00:20::10,fd00:20::11")
+	wantCalls(t, fw, "apply "+rest+" on "+all, "enforce "+rest+" on 10.96.0.10,fd00:20::10,fd00:20::11")
 	if got := gone(); !slices.Equal(got, []string{"169.254.20.10"}) {
 		t.Errorf("gone, if only for a moment, are %v; want 169.254.20.10 alone", got)
 	}
@@ -58,7 +58,7 @@ func TestReloadOfSameTouchesNothing(t *testing.T) {
 	must(t, n.start(next))
 	serveOn(t, next.listeners()...)
 	eventually(t, "the reload is complete", func() bool {
-		return slices.ContainsFunc(fw.heard(), func(c string) bool { return strings.HasPrefix(c, "serve") })
+		return slices.ContainsFunc(fw.heard(), func(c string) bool { return strings.HasPrefix(c, "enforce") })
 	})
 	closeAll(oldSocks)
 	n.replaced(old)

@@ -35,7 +35,7 @@ func TestRemovedAddressComesBack(t *testing.T) {
 		wantCarried(t, testLink, "169.254.20.10", "fd00:20::10")
 	}
 	for _, c := range fw.heard() {
-		if strings.HasPrefix(c, "ensure") {
+		if strings.HasPrefix(c, "apply") {
 			t.Error("an address is no reason to run a program: ", c)
 		}
 	}

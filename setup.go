@@ -53,7 +53,7 @@ func setup(c *caddy.Controller) error {
 	cfg, ok := c.Get(configKey{}).(*config)
 	if !ok {
 		cfg = newConfig()
-		cfg.ours = theNode.links()
+		cfg.ours = theNode.linksInUse()
 	}
 	dc := dnsserver.GetConfig(c)
 	if b.fast != nil {

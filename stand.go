@@ -113,7 +113,7 @@ func (n *node) ensure(want desired.State) (missing map[string]int, err error) {
 			errs = append(errs, err)
 			continue
 		}
-		gone, err := fw.ensure(ctx, want.Rules[b], n.standing(b))
+		gone, err := fw.apply(ctx, want.Rules[b], n.standing(b))
 		n.faulty[b] = err != nil
 		missing[objectRule] += gone
 		errs = append(errs, err)
@@ -127,7 +127,7 @@ func (n *node) rules(want desired.State) error {
 	defer cancel()
 	var errs []error
 	for name, fw := range n.firewalls {
-		_, err := fw.ensure(ctx, want.Rules[name], n.standing(name))
+		_, err := fw.apply(ctx, want.Rules[name], n.standing(name))
 		errs = append(errs, err)
 	}
 	return errors.Join(errs...)
@@ -311,13 +311,13 @@ func (n *node) repair(links bool, why string) {
 	n.observe()
 	if n.life.Kind == life.Serving {
 		// Not all of n.want, where something of it is still to be taken away.
-		n.serve(n.life.InForce.state(false, n.resolve))
+		n.enforce(n.life.InForce.state(n.resolve))
 	}
 }
 
-// serve tells the firewalls that what want has rules for is listened on.
-func (n *node) serve(want desired.State) {
+// enforce tells the firewalls that what want has rules for is listened on.
+func (n *node) enforce(want desired.State) {
 	for name, fw := range n.firewalls {
-		fw.serve(want.Rules[name])
+		fw.enforce(want.Rules[name])
 	}
 }

@@ -16,7 +16,7 @@ func TestStartPutsAddressesBeforeRulesAndServesWhenListening(t *testing.T) {
 	es := dnsOf("10.96.0.10", "169.254.20.10", "fd00:20::10")
 	must(t, n.start(cfg))
 	wantCarried(t, testLink, "10.96.0.10", "169.254.20.10", "fd00:20::10")
-	wantCalls(t, fw, "ensure "+es+" on 10.96.0.10,169.254.20.10,fd00:20::10")
+	wantCalls(t, fw, "apply "+es+" on 10.96.0.10,169.254.20.10,fd00:20::10")
 
 	// One socket is missing yet: nothing may be in force.
 	ls := cfg.listeners()
@@ -26,7 +26,7 @@ func TestStartPutsAddressesBeforeRulesAndServesWhenListening(t *testing.T) {
 	}
 	serveOn(t, ls[0])
 	eventually(t, "the start is complete", n.ready.Load)
-	wantCalls(t, fw, "serve "+es+" on 10.96.0.10,169.254.20.10,fd00:20::10")
+	wantCalls(t, fw, "enforce "+es+" on 10.96.0.10,169.254.20.10,fd00:20::10")
 }
 
 func TestStartAdoptsWhatKilledProcessHasLeft(t *testing.T) {
@@ -75,7 +75,7 @@ func TestFailedStartLeavesEverythingAsBefore(t *testing.T) {
 			failed := false
 			fw.say(func() {
 				fw.fault = func(what string) error {
-					if what == "ensure" && !failed {
+					if what == "apply" && !failed {
 						failed = true
 						return setupError(errFirewall, errors.New("no rules today"))
 					}
@@ -95,7 +95,7 @@ func TestFailedStartLeavesEverythingAsBefore(t *testing.T) {
 					want = dnsOn("127.0.0.53", "fd00:20::9")
 				}
 				f.bring(t, fw)
-				before, linksBefore := links(t), n.links()
+				before, linksBefore := links(t), n.linksInUse()
 				wantBefore, errorsBefore := n.want, metric(t, "coredns_nodecache_setup_errors_total", errFirewall)
 				if reload {
 					n.restarting(old, true)
@@ -105,7 +105,7 @@ func TestFailedStartLeavesEverythingAsBefore(t *testing.T) {
 				if after := links(t); !slices.Equal(before, after) {
 					t.Errorf("the links read %q, want %q", after, before)
 				}
-				if after := n.links(); !slices.Equal(linksBefore, after) {
+				if after := n.linksInUse(); !slices.Equal(linksBefore, after) {
 					t.Errorf("links of ours are %v, want %v", after, linksBefore)
 				}
 				if rules, served := fw.stand(); list(rules) != list(want) || list(served) != list(want) {
@@ -144,7 +144,7 @@ func TestFailedStartBesideForeignLink(t *testing.T) {
 	if rules, _ := fw.stand(); len(rules) > 0 {
 		t.Errorf("rules stand for %v", rules)
 	}
-	if names := n.links(); len(names) != 0 {
+	if names := n.linksInUse(); len(names) != 0 {
 		t.Errorf("%v count as ours", names)
 	}
 }

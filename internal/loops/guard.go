@@ -121,7 +121,7 @@ func (h guarded) ServeDNS(ctx context.Context, w dns.ResponseWriter, r *dns.Msg)
 	}
 	v, why := h.enter(q, from)
 	if why == "" {
-		defer h.leave(v)
+		defer h.answered(v)
 	}
 	if v.suspicious {
 		h.probe(ctx, h.next, w, q)
@@ -206,8 +206,8 @@ func (g *guard) enter(q nameType, from source) (v visit, why string) {
 // may ask this one: those of the Corefile before count too, since they ask it once it listens.
 func (g *guard) others() int { return int(g.group.underWay.Load() - g.underWay.Load()) }
 
-// leave is called when a query that has entered is answered.
-func (g *guard) leave(v visit) {
+// answered is called when a query that has entered is.
+func (g *guard) answered(v visit) {
 	g.underWay.Add(-1)
 	g.group.underWay.Add(-1)
 	g.mu.Lock()
