@@ -3,7 +3,7 @@
 #     docker buildx build --platform linux/amd64,linux/arm64 --target iptables .
 #     docker buildx build --platform linux/amd64,linux/arm64 --target nftables .
 #
-# The first has both variants of iptables, and chooses the node's own at its start. The
+# The first has both variants of iptables; coredns chooses the node's own at its start. The
 # second has nothing but coredns, for firewall nftables. `make image-root` lays out what is
 # in them, here and on any Debian without Docker.
 #
@@ -43,5 +43,5 @@ COPY --from=build /root-of/iptables /
 ENV PATH=/usr/sbin:/usr/bin:/sbin:/bin
 USER 0:0
 WORKDIR /
-ENTRYPOINT ["/usr/lib/nodecache/entrypoint"]
+ENTRYPOINT ["/usr/bin/coredns"]
 CMD ["-conf", "/etc/coredns/Corefile"]

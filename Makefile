@@ -218,10 +218,11 @@ image-root: build/deb/$(ARCH) ## Lay out what the images for ARCH hold, below bu
 	done
 
 # Debian's packages of the image. Once here they stay; make clean has them fetched anew.
-build/deb/%:
+build/deb/%: image/packages
 	image/packages $* $@.new
 	rm -rf $@
 	mv $@.new $@
+	touch $@
 
 .PHONY: deps
 deps:

@@ -191,8 +191,7 @@ func TestImageFiles(t *testing.T) {
 	for target, want := range map[string][]string{
 		"nftables": {"usr/bin/coredns"},
 		"iptables": {
-			"bin/dash", "bin/grep", "usr/bin/coredns", "usr/lib/nodecache/entrypoint",
-			"usr/sbin/xtables-legacy-multi", "usr/sbin/xtables-nft-multi",
+			"usr/bin/coredns", "usr/sbin/xtables-legacy-multi", "usr/sbin/xtables-nft-multi",
 		},
 	} {
 		t.Run(target, func(t *testing.T) {
@@ -236,6 +235,39 @@ func TestImageFiles(t *testing.T) {
 			}
 			if _, err := os.Stat(filepath.Join(root, "etc/ssl/certs/ca-certificates.crt")); err != nil {
 				t.Error(err)
+			}
+		})
+	}
+}
+
+// A scanner of images finds the distribution, its release and the packages: else it looks
+// nothing up, and reports an image without faults.
+func TestImageNamesItsDistribution(t *testing.T) {
+	for target, want := range map[string][]string{
+		"nftables": {"base-files", "ca-certificates"},
+		"iptables": {"base-files", "ca-certificates", "iptables", "libc6", "libxtables12"},
+	} {
+		t.Run(target, func(t *testing.T) {
+			root := imageRoot(t, target)
+			release := map[string]string{}
+			for line := range strings.Lines(read(t, filepath.Join(root, "etc", "os-release"))) {
+				key, value, _ := strings.Cut(strings.TrimSpace(line), "=")
+				release[key] = strings.Trim(value, `"`)
+			}
+			version := strings.TrimSpace(read(t, filepath.Join(root, "etc", "debian_version")))
+			if release["ID"] != "debian" || release["VERSION_ID"] == "" || !strings.HasPrefix(version, release["VERSION_ID"]+".") {
+				t.Errorf("it is %s %s, and Debian %s", release["ID"], release["VERSION_ID"], version)
+			}
+			for _, name := range want {
+				fields := map[string]string{}
+				for line := range strings.Lines(read(t, filepath.Join(root, "var", "lib", "dpkg", "status.d", name))) {
+					key, value, _ := strings.Cut(strings.TrimSpace(line), ": ")
+					fields[key] = value
+				}
+				if fields["Package"] != name || fields["Version"] == "" || fields["Architecture"] == "" {
+					t.Errorf("of %s it says %v", name, fields)
+				}
+				read(t, filepath.Join(root, "usr", "share", "doc", name, "copyright"))
 			}
 		})
 	}

@@ -10,6 +10,7 @@ import (
 	"slices"
 
 	nodecache "github.com/contentful-labs/coredns-nodecache"
+	"github.com/contentful-labs/coredns-nodecache/internal/variant"
 	"github.com/coredns/caddy"
 	"github.com/coredns/coredns/core/dnsserver"
 	"github.com/coredns/coredns/coremain"
@@ -64,6 +65,12 @@ func run() error {
 	}
 	if _, err := maxprocs.Set(maxprocs.Logger(log.Printf)); err != nil {
 		clog.Warningf("Failed to set GOMAXPROCS: %v", err)
+	}
+	// Before anything that runs iptables. Outside of an image there is nothing to choose.
+	if choice, err := variant.Use(variant.Dir); err != nil {
+		return err
+	} else if choice != "" {
+		clog.Infof("iptables is %s", choice)
 	}
 	corefile, err := caddy.LoadCaddyfile("dns")
 	if err != nil {
