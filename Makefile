@@ -195,9 +195,13 @@ manifests: ## Write the name and the release of the images into manifests and pa
 	cp k8s/base/single/node-local.yaml k8s/base/ha/node-local-ha.yaml k8s
 
 .PHONY: sbom
-sbom: coredns ## Write build/sbom.json, the modules of ./coredns with their licences (CycloneDX).
-	mkdir -p build
-	$(call run,sbom) -version $(VERSION) ./coredns >build/sbom.json
+sbom: coredns image-root ## Write build/sbom.json, the modules and packages of the images with their licences (CycloneDX).
+	$(call run,sbom) -version $(VERSION) -root build/image/$(ARCH)/iptables ./coredns >build/sbom.json
+
+# The database is a module too, so that this needs nothing but the module proxy.
+.PHONY: vuln
+vuln: ## Look for known vulnerabilities in what ./coredns calls (fails on any).
+	.ci/vuln -tags '$(TAGS)' ./cmd/coredns
 
 .PHONY: bump-coredns
 bump-coredns: ## Build on CoreDNS TO (the latest), and run all checks and tests (needs root).

@@ -1,12 +1,14 @@
 // Command sbom lists what a binary is made of, as CycloneDX 1.6 in JSON: the modules
 // that its build information names, each with its version, its hash and the licences
-// that its files in the module cache say. It fails if a module has no licence that it
-// knows. It runs in the folder of the binary's module; make sbom does.
+// that its files in the module cache say, and with -root Debian's packages of an image. It
+// fails if a module has no licence that it knows, which the usual tool for this passes over.
+// It runs in the folder of the binary's module; make sbom does.
 //
-//	sbom ./coredns >sbom.json
+//	sbom -root build/image/amd64/iptables ./coredns >sbom.json
 package main
 
 import (
+	"cmp"
 	"debug/buildinfo"
 	"encoding/base64"
 	"encoding/hex"
@@ -53,7 +55,8 @@ type (
 	}
 	license struct {
 		License struct {
-			ID string `json:"id"`
+			ID   string `json:"id,omitempty"`
+			Name string `json:"name,omitempty"`
 		} `json:"license"`
 	}
 )
@@ -61,20 +64,28 @@ type (
 func main() {
 	log.SetFlags(0)
 	version := flag.String("version", "", "the version of the binary")
+	root := flag.String("root", "", "the file system of an image, to list its packages too")
 	table := flag.Bool("table", false, "print a table of modules and licences instead")
 	flag.Parse()
 	if flag.NArg() != 1 {
-		log.Fatal("sbom [-version VERSION] [-table] BINARY")
+		log.Fatal("sbom [-version VERSION] [-root DIR] [-table] BINARY")
 	}
 	b, err := list(flag.Arg(0), *version)
 	if err != nil {
 		log.Fatalf("listing what %s is made of: %v", flag.Arg(0), err)
 	}
+	if *root != "" {
+		debs, err := packages(*root)
+		if err != nil {
+			log.Fatalf("listing the packages of %s: %v", *root, err)
+		}
+		b.Components = append(b.Components, debs...)
+	}
 	if *table {
 		for _, c := range b.Components {
 			var ids []string
 			for _, l := range c.Licenses {
-				ids = append(ids, l.License.ID)
+				ids = append(ids, cmp.Or(l.License.ID, l.License.Name))
 			}
 			fmt.Printf("%s %s %s\n", c.Name, c.Version, strings.Join(ids, ", "))
 		}

@@ -45,3 +45,32 @@ func TestUnknownLicenceIsNone(t *testing.T) {
 		t.Errorf("got %v, %v", ls, err)
 	}
 }
+
+func TestListsDebianPackages(t *testing.T) {
+	root := t.TempDir()
+	for path, text := range map[string]string{
+		"etc/os-release":                  "NAME=\"Debian GNU/Linux\"\nVERSION_ID=\"12\"\nID=debian\n",
+		"var/lib/dpkg/status.d/libc6":     "Package: libc6\nArchitecture: amd64\nVersion: 2.36-9+deb12u10\nDescription: x\n Version: not this\n",
+		"usr/share/doc/libc6/copyright":   "This is free text.\nLicense: none\n",
+		"var/lib/dpkg/status.d/libmnl0":   "Package: libmnl0\nArchitecture: amd64\nVersion: 1.0.4-3\n",
+		"usr/share/doc/libmnl0/copyright": "Format: dep5\n\nFiles: *\nLicense: LGPL-2.1+\n\nFiles: x\nLicense: GPL-2+\n\nFiles: y\nLicense: LGPL-2.1+\n",
+	} {
+		path = filepath.Join(root, path)
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	cs, err := packages(root)
+	if err != nil || len(cs) != 2 {
+		t.Fatalf("got %+v, %v", cs, err)
+	}
+	if c := cs[0]; c.PURL != "pkg:deb/debian/libc6@2.36-9%2Bdeb12u10?arch=amd64&distro=debian-12" || len(c.Licenses) != 1 || c.Licenses[0].License.Name != "as in /usr/share/doc/libc6/copyright" {
+		t.Errorf("libc6 is %+v", c)
+	}
+	if c := cs[1]; len(c.Licenses) != 2 || c.Licenses[0].License.Name != "GPL-2+" || c.Licenses[1].License.Name != "LGPL-2.1+" {
+		t.Errorf("libmnl0 is %+v", c)
+	}
+}
