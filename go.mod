@@ -2,6 +2,9 @@ module github.com/contentful-labs/coredns-nodecache
 
 go 1.26.0
 
+// Tags of another module path, from before this one.
+retract [v1.7.0, v1.22.0]
+
 require (
 	github.com/coredns/caddy v1.1.4
 	github.com/coredns/coredns v1.15.0
