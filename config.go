@@ -14,6 +14,7 @@ import (
 	"github.com/coredns/caddy"
 
 	"github.com/contentful-labs/coredns-nodecache/internal/desired"
+	"github.com/contentful-labs/coredns-nodecache/internal/doctor"
 	"github.com/contentful-labs/coredns-nodecache/internal/serverblocks"
 )
 
@@ -40,7 +41,8 @@ type config struct {
 	ours  []string                         // the links that may carry addrs: see node.linksInUse
 	fast  []*block                         // those with fastpath
 	// fastAt is how many answers are kept for an address with fastpath.
-	fastAt map[netip.AddrPort]int
+	fastAt    map[netip.AddrPort]int
+	upstreams []doctor.Upstream
 	// restarting is true from OnRestart on, until it is known to have failed.
 	restarting bool
 }

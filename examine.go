@@ -7,6 +7,7 @@ import (
 
 	"github.com/contentful-labs/coredns-nodecache/internal/desired"
 	"github.com/contentful-labs/coredns-nodecache/internal/doctor"
+	"github.com/contentful-labs/coredns-nodecache/internal/loops"
 	"github.com/contentful-labs/coredns-nodecache/internal/peers"
 )
 
@@ -15,7 +16,7 @@ var examineEvery = 5 * time.Minute
 
 // site returns what the doctor has to know of n, with cfg in force.
 func (n *node) site(cfg *config) doctor.Site {
-	s := doctor.Site{Links: map[string]bool{}, Addrs: map[netip.Addr]doctor.Address{}, Listeners: cfg.listeners(), Others: n.othersServe}
+	s := doctor.Site{Links: map[string]bool{}, Addrs: map[netip.Addr]doctor.Address{}, Listeners: cfg.listeners(), Others: n.othersServe, Upstreams: cfg.upstreams}
 	for name := range n.netifs {
 		s.Links[name] = true
 	}
@@ -26,6 +27,20 @@ func (n *node) site(cfg *config) doctor.Site {
 		s.Untracked = append(s.Untracked, slices.DeleteFunc(slices.Clone(es), func(e desired.Endpoint) bool { return e.Extra })...)
 	}
 	return s
+}
+
+// upstreamsOf resolves what is asked, as the plugins do it at the same time.
+func upstreamsOf(askers []loops.Asker) (all []doctor.Upstream) {
+	for _, a := range askers {
+		if a.Plugin == "grpc" {
+			continue
+		}
+		for _, text := range a.To {
+			all = append(all, doctor.Upstream{At: a.At, Plugin: a.Plugin, Text: text, Zone: a.Zone, OnlyTCP: a.OnlyTCP,
+				Follows: a.Plugin == "upstream", Servers: doctor.Servers(text)})
+		}
+	}
+	return all
 }
 
 // othersServe returns what the other caches on the node serve, and whether that is

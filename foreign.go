@@ -2,7 +2,6 @@ package nodecache
 
 import (
 	"fmt"
-	"net/netip"
 	"strings"
 
 	"github.com/vishvananda/netlink"
@@ -30,27 +29,11 @@ func checkLink(name string, inUse bool) error {
 	if _, err = nodelinks.Kind(l); err != nil || inUse || l.Attrs().Alias == linkAlias {
 		return err
 	}
-	others, err := foreignAddrs(l)
+	others, err := nodelinks.Foreign(l)
 	if err == nil && len(others) > 0 {
 		err = fmt.Errorf("a link of this name exists and carries %s of somebody else: take that address off it, or name another interface", join(others))
 	}
 	return err
-}
-
-// foreignAddrs returns the addresses on the link l that only somebody else can have put
-// there: those with another prefix than ours, less what the kernel gives each link.
-func foreignAddrs(l netlink.Link) (others []netip.Prefix, err error) {
-	list, err := nodelinks.Dumped(func() ([]netlink.Addr, error) { return netlink.AddrList(l, netlink.FAMILY_ALL) })
-	if err != nil {
-		return nil, fmt.Errorf("listing the addresses of %s: %w", l.Attrs().Name, err)
-	}
-	for _, x := range list {
-		ip, ok := netip.AddrFromSlice(x.IP)
-		if ones, bits := x.Mask.Size(); ok && ones != bits && !(ip.Is6() && ip.IsLinkLocalUnicast()) {
-			others = append(others, netip.PrefixFrom(ip.Unmap(), ones))
-		}
-	}
-	return others, nil
 }
 
 func join[T fmt.Stringer](vs []T) string {

@@ -166,7 +166,7 @@ func (n *netif) prune(addrs []netip.Addr) error {
 	if _, err := nodelinks.Kind(l); err != nil {
 		return nil // somebody has put another link in our place: not ours
 	}
-	others, err := foreignAddrs(l)
+	others, err := nodelinks.Foreign(l)
 	if err != nil {
 		return err
 	}
@@ -199,7 +199,7 @@ func (n *netif) removeBare(l netlink.Link) error {
 	if err != nil || len(have) > 0 {
 		return err
 	}
-	if others, err := foreignAddrs(l); err != nil || len(others) > 0 {
+	if others, err := nodelinks.Foreign(l); err != nil || len(others) > 0 {
 		return err
 	}
 	if err := netlink.LinkDel(l); err != nil && !errors.Is(err, unix.ENODEV) {

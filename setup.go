@@ -66,9 +66,11 @@ func setup(c *caddy.Controller) error {
 		return plugin.Error(directiveName, err)
 	}
 	if !ok {
-		if err := loops.Guard(c.Context()); err != nil {
+		askers, err := loops.Guard(c.Context())
+		if err != nil {
 			return plugin.Error(directiveName, err)
 		}
+		cfg.upstreams = upstreamsOf(askers)
 		c.Set(configKey{}, cfg)
 		late, err := otherports.New(c, func() (is, over bool) { return theNode.isInForce(cfg) })
 		if err != nil {

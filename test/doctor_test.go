@@ -331,3 +331,40 @@ func TestStrictReversePathFilter(t *testing.T) {
 		n.clusterAnswers()
 	})
 }
+
+// Addresses and routes of others on the cache's link draw to it what is meant for elsewhere.
+func TestWarnsOfForeignAddress(t *testing.T) {
+	n := newNode(t, nftables)
+	n.faulty(n.corefile(), "the link nodelocaldns of this cache carries 169.254.7.7/16 of somebody else", func() func() {
+		n.commands(n.Node, "ip addr add 169.254.7.7/16 dev nodelocaldns")
+		if out, err := n.Node.Run("ip", "route", "get", "169.254.169.254"); err != nil || !strings.Contains(out, "nodelocaldns") {
+			t.Errorf("it draws nothing: %v %s", err, out)
+		}
+		return func() { n.commands(n.Node, "ip addr del 169.254.7.7/16 dev nodelocaldns") } // the remedy
+	})
+}
+
+func TestWarnsOfForeignRoute(t *testing.T) {
+	n := newNode(t, nftables)
+	n.faulty(n.corefile(), "a route of somebody else leads over the link nodelocaldns of this cache, where what is sent to 169.254.169.254/32, fd00:9::/64 is lost", func() func() {
+		n.commands(n.Node, `ip route add 169.254.169.254 dev nodelocaldns
+			ip route add fd00:9::/64 dev nodelocaldns table 7`)
+		return func() {
+			n.commands(n.Node, `ip route del 169.254.169.254/32 dev nodelocaldns
+				ip route del fd00:9::/64 dev nodelocaldns table 7`)
+		}
+	})
+}
+
+// Rules of both variants of iptables filter packets, and each program sees only its own.
+// Tables without rules do not matter, nor do ours.
+func TestWarnsOfBothVariantsOfIptables(t *testing.T) {
+	forBackends(t, func(n *node) {
+		other := map[lab.Iptables]string{lab.NFT: "legacy", lab.Legacy: "nft"}[n.backend.iptables]
+		n.commands(n.Node, fmt.Sprintf("iptables-%s -t filter -P FORWARD ACCEPT\nip6tables-%[1]s -t filter -P FORWARD ACCEPT", other))
+		n.faulty(n.corefile(), "programs of this node write rules with both variants of iptables", func() func() {
+			n.commands(n.Node, fmt.Sprintf("iptables-%s -A FORWARD -s 10.9.0.0/16 -j ACCEPT", other))
+			return func() { n.commands(n.Node, fmt.Sprintf("iptables-%s -D FORWARD -s 10.9.0.0/16 -j ACCEPT", other)) }
+		})
+	})
+}

@@ -106,7 +106,7 @@ func TestHealthyNodes(t *testing.T) {
 			n := newNode(t, b)
 			files := []string{"kubeadm.rules", "k3s.rules", "eks.rules", "gke.rules", "docker.rules", "calico.rules", "ufw.rules"}
 			if b.iptables == lab.NFT {
-				files = append(files, "talos.nft", "by-link.nft", "untracked.nft", "kube-proxy.nft", "firewalld.nft")
+				files = append(files, "talos.nft", "by-link.nft", "untracked.nft", "kube-proxy.nft", "firewalld.nft", "answers-last.nft")
 			}
 			for _, file := range files {
 				n.examined(file, "", "")
@@ -124,6 +124,7 @@ func TestSickNodes(t *testing.T) {
 				n.examined("sick-firewalld.nft", allAddrs, " of the chain filter_INPUT of the nftables table inet firewalld)")
 				n.examined("sick-port-elsewhere.nft", allAddrs, "every query (the policy of the chain input of the nftables table inet host)")
 				n.examined("sick-answers.nft", allAddrs, "every answer (the policy of the chain output of the nftables table inet host)")
+				n.examined("sick-answers-last.nft", allAddrs, "every answer (rule 4 (handle")
 				n.examined("sick-one-rule.nft", allAddrs, "every query (rule 2 (handle")
 			}
 			// The backend iptables has ACCEPT rules of its own in these tables.

@@ -141,6 +141,10 @@ func TestReadmeCorefiles(t *testing.T) {
 			if strings.Contains(corefile, "bind eth0") {
 				n.eth0()
 			}
+			// The upstreams that they name are there.
+			for _, proto := range protos {
+				n.commands(n.Node, "iptables -t nat -A OUTPUT -p "+proto+" --dport 53 -m addrtype ! --dst-type LOCAL -j DNAT --to-destination 10.0.2.2:53")
+			}
 
 			before := n.snapshot()
 			p := n.serve(corefile)

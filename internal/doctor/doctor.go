@@ -40,6 +40,13 @@ var Common = []Fault{
 	{"bridge_netfilter_off", bridgeNetfilterOff},
 	{"networkmanager", networkManager},
 	{"networkd", networkd},
+	{"foreign_address", foreignAddress},
+	{"foreign_route", foreignRoute},
+	{"both_iptables_variants", bothVariants},
+	{"upstream_tcp", upstreamTCP},
+	{"upstream_silent", upstreamSilent},
+	{"upstream_service_gone", upstreamServiceGone},
+	{"resolvers_changed", resolversChanged},
 }
 
 // Fault is one of them. Find returns a sentence for each place where it is.
@@ -57,6 +64,10 @@ type Site struct {
 	// Others asks the other caches on the node what they serve. It returns false where
 	// one of them has not said, or is on its way in or out.
 	Others func() (serves map[desired.Endpoint]bool, known bool)
+	// Upstreams are whom the configuration asks.
+	Upstreams []Upstream
+
+	askOnce func() map[netip.AddrPort]answers // of one examination
 }
 
 // Address says how an address came to be on the node.
@@ -91,6 +102,7 @@ func New(faults []Fault) *Doctor {
 func (d *Doctor) Examine(s Site, again bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	s.askOnce = sync.OnceValue(s.askAll)
 	total, found := 0, map[string]int{}
 	for _, f := range d.faults {
 		texts := d.look(f, s)

@@ -22,20 +22,39 @@ var pendingGuards struct {
 	guards []*guard
 }
 
+// Asker is one use of a plugin that asks upstreams.
+type Asker struct {
+	Plugin, At string   // At is "file:line"
+	Zone       string   // the queries for which it sends on
+	To         []string // as the Corefile has them: addresses, and files in the form of resolv.conf
+	OnlyTCP    bool     // force_tcp
+}
+
 // Guard refuses the Corefile that is being set up if by it a query would feed itself, and has
-// the guards put in. The binds of all its server blocks have been read.
-func Guard(ctx caddy.Context) error {
+// the guards put in. It returns all that ask upstreams. The binds of all its server blocks have
+// been read.
+func Guard(ctx caddy.Context) ([]Asker, error) {
 	all, err := routesOf(ctx, dnsserver.Directives)
 	if err != nil {
 		log.Warningf("this build has a CoreDNS that nodecache does not know, so loops are not looked for: %v", err)
-		return nil
+		return nil, nil
 	}
 	rs := newRouting(all)
 	if err := rs.check(); err != nil {
-		return err
+		return nil, err
 	}
 	guardUpstreams(ctx, rs)
-	return nil
+	var askers []Asker
+	for _, r := range all {
+		for _, s := range r.stanzas {
+			zone := s.from
+			if zone == "." && len(r.configs) > 0 {
+				zone = r.configs[0].Zone
+			}
+			askers = append(askers, Asker{s.plugin, s.at, zone, s.texts, s.onlyTCP})
+		}
+	}
+	return askers, nil
 }
 
 // guardUpstreams has the guards put into all server blocks that ask upstreams, once it is

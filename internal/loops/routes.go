@@ -41,8 +41,10 @@ type stanza struct {
 	plugin, at string
 	from       string
 	except     []string
+	texts      []string // of where it sends to, and what they come to
 	to         []target
 	more       bool // the next one may get the query too
+	onlyTCP    bool
 }
 
 // A target is where a stanza sends queries to.
@@ -153,6 +155,8 @@ func stanzasOf(path, name string, tokens []caddyfile.Token) (all []stanza) {
 				}
 			case "next", "next_on_nodata", "fallthrough":
 				s.more = true
+			case "force_tcp":
+				s.onlyTCP = true
 			}
 		}
 		if len(args) == 0 {
@@ -163,7 +167,8 @@ func stanzasOf(path, name string, tokens []caddyfile.Token) (all []stanza) {
 			continue
 		}
 		s.from = from[0]
-		for _, to := range args[1:] {
+		s.texts = args[1:]
+		for _, to := range s.texts {
 			s.to = append(s.to, targetsOf(name, to)...)
 		}
 		all = append(all, s)

@@ -73,3 +73,20 @@ func Carriers() (map[netip.Addr][]string, error) {
 	}
 	return carriers, nil
 }
+
+// Foreign returns the addresses on l, a link of a cache, that only somebody else can have put
+// there: those with another prefix than a cache's own, /32 and /128, less what the kernel gives
+// each link.
+func Foreign(l netlink.Link) (others []netip.Prefix, err error) {
+	list, err := Dumped(func() ([]netlink.Addr, error) { return netlink.AddrList(l, netlink.FAMILY_ALL) })
+	if err != nil {
+		return nil, fmt.Errorf("listing the addresses of %s: %w", l.Attrs().Name, err)
+	}
+	for _, x := range list {
+		ip, ok := netip.AddrFromSlice(x.IP)
+		if ones, bits := x.Mask.Size(); ok && ones != bits && !(ip.Is6() && ip.IsLinkLocalUnicast()) {
+			others = append(others, netip.PrefixFrom(ip.Unmap(), ones))
+		}
+	}
+	return others, nil
+}
