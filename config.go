@@ -233,6 +233,17 @@ func (c *config) listeners() []desired.Endpoint {
 	return es
 }
 
+// untracked returns the ports of the property untracked, with where it stands.
+func (c *config) untracked() map[desired.Endpoint]string {
+	all := map[desired.Endpoint]string{}
+	for e, o := range c.wants {
+		if e.Extra {
+			all[e] = o.at
+		}
+	}
+	return all
+}
+
 // state returns what c wants on the node. backend resolves "auto".
 func (c *config) state(backend func(string) string) desired.State { return c.part(backend, false) }
 

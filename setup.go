@@ -79,7 +79,7 @@ func setup(c *caddy.Controller) error {
 		ctx := c.Context()
 		c.OnStartup(func() error { theNode.tcp.Start(); return nil })
 		c.OnStartup(func() error { return wrap(cfg.attachFast(ctx)) })
-		c.OnStartup(func() error { return wrap(late.Start()) })
+		c.OnStartup(func() error { return wrap(late.Start(cfg.untracked())) })
 		c.OnStartup(func() error { return wrap(theNode.start(cfg)) })
 		c.OnStartup(late.Watch)
 		c.OnRestart(late.Yield)

@@ -227,3 +227,29 @@ func TestOnePortOfSeveralTaken(t *testing.T) {
 	n.listens(p, latePlugins[1])
 	n.shows("127.0.0.1:5302", map[string]float64{"ports_taken": 1})
 }
+
+// Who else has a port of untracked is told at the start. With a plugin that is to listen there
+// it is the plugin's error, and a twin's is nobody else's.
+func TestPortOfUntrackedTaken(t *testing.T) {
+	n := newNode(t, nftables)
+	n.occupy("0.0.0.0:5301")
+	p := n.serve(n.corefile("untracked 5301 5302"))
+	n.has(p.Log(), "/Corefile:8 - untracked: ", "10.96.0.10:5301/tcp is taken by ", fmt.Sprintf("(process %d, bound to [::]:5301)", os.Getpid()), "no plugin listens there")
+	if strings.Count(p.Log(), "untracked: ") != 1 {
+		n.Errorf("want one line for one port:\n%s", p.Log())
+	}
+	n.answersEverybody(false, addrs...)
+	p.exit(syscall.SIGTERM)
+
+	with := strings.Replace(n.corefile("untracked 5302"), "errors", "errors\n    health 169.254.20.10:5302", 1)
+	first := n.serve(with)
+	second := n.serve(with)
+	for _, p := range []*process{first, second} {
+		if strings.Contains(p.Log(), "is taken by") {
+			n.Errorf("a twin is taken for somebody else:\n%s", p.Log())
+		}
+	}
+	n.occupy("0.0.0.0:5303")
+	said := n.refuse(strings.ReplaceAll(with, "5302", "5303"), lab.Options{})
+	n.has(said, "health: 169.254.20.10:5303/tcp is taken by ")
+}

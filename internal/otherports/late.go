@@ -1,6 +1,7 @@
 package otherports
 
 import (
+	"maps"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -12,7 +13,9 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promauto"
 
+	"github.com/contentful-labs/coredns-nodecache/internal/desired"
 	"github.com/contentful-labs/coredns-nodecache/internal/serverblocks"
+	"github.com/contentful-labs/coredns-nodecache/internal/sockets"
 )
 
 // lateEvery is how often a port is tried again that another program has.
@@ -112,13 +115,25 @@ func (l *Latecomers) call(what otherPort, f func() error) error {
 	return f()
 }
 
-// Start tries all ports. It is OnStartup, before anything is put on the node.
-func (l *Latecomers) Start() error {
+// Start tries all ports. It is OnStartup, before anything is put on the node. untracked are the
+// further ports of ours, each with where it is named: who else has one is told, since mostly it is
+// meant for a plugin.
+func (l *Latecomers) Start(untracked map[desired.Endpoint]string) error {
 	late, err := tryOthers(l.ports)
 	if err != nil {
 		return err
 	}
 	l.putOffThose(late)
+	told := map[uint16]bool{}
+	for _, e := range slices.SortedFunc(maps.Keys(untracked), desired.Compare) {
+		if told[e.Port] || slices.ContainsFunc(l.ports, func(p otherPort) bool { return p.e.Port == e.Port }) {
+			continue // told, or tried
+		}
+		if err := sockets.TryPort(e); err != nil {
+			told[e.Port] = true
+			log.Warningf("%s - untracked: %v; no plugin listens there, and that program's connections are kept out of connection tracking", untracked[e], err)
+		}
+	}
 	return nil
 }
 
