@@ -163,7 +163,7 @@ lint: ## Run go vet, staticcheck, gofmt and shellcheck.
 
 .PHONY: race
 race: deps ## Run the packages' tests with the race detector (needs a C compiler).
-	CGO_ENABLED=1 go test -race -count=1 -timeout 20m . ./internal/...
+	CGO_ENABLED=1 go test -race -count=1 -timeout 20m . ./internal/... ./plugin/...
 
 .PHONY: fuzz
 fuzz: ## Run every fuzz test of the plugin for FUZZTIME (5m).
@@ -176,7 +176,7 @@ fuzz: ## Run every fuzz test of the plugin for FUZZTIME (5m).
 .PHONY: cover
 cover: deps ## Print the coverage of the plugin's tests, and fail below 85 % (needs root).
 	go test -count=1 -timeout 20m -coverprofile cover.out \
-		-coverpkg $$(go list . ./internal/... | grep -v /testkit | paste -sd,) . ./internal/...
+		-coverpkg $$(go list . ./internal/... ./plugin/... | grep -v /testkit | paste -sd,) . ./internal/... ./plugin/...
 	@go tool cover -func cover.out | awk -v min=$(MIN_COVERAGE) \
 		'/^total:/ { print "coverage:", $$3 " of statements, at least " min "% wanted"; exit $$3 + 0 < min }'
 

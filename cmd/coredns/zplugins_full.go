@@ -6,6 +6,7 @@ package main
 
 import (
 	_ "github.com/contentful-labs/coredns-nodecache"
+	_ "github.com/contentful-labs/coredns-nodecache/plugin/upstream"
 	_ "github.com/coredns/caddy/onevent"
 	_ "github.com/coredns/coredns/plugin/acl"
 	_ "github.com/coredns/coredns/plugin/any"
@@ -127,6 +128,7 @@ var directives = []string{
 	"secondary",
 	"etcd",
 	"loop",
+	"upstream",
 	"forward",
 	"grpc",
 	"erratic",

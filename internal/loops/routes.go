@@ -3,6 +3,7 @@ package loops
 import (
 	"fmt"
 	"net/netip"
+	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -22,7 +23,7 @@ import (
 //	NAME FROM TO... {
 //	    except ZONE...
 //	}
-var forwarders = []string{"forward", "grpc", "fanout"}
+var forwarders = []string{"upstream", "forward", "grpc", "fanout"}
 
 // A route is a server block as far as the ways of queries through it go.
 type route struct {
@@ -183,6 +184,9 @@ func targetsOf(name, text string) (ts []target) {
 	hosts, err := pkgparse.HostPortOrFile(text)
 	if err != nil {
 		return nil
+	}
+	if _, err := os.Stat(text); name == "upstream" && err == nil {
+		return nil // it follows the file, and leaves out what leads back to this process
 	}
 	for _, h := range hosts {
 		t := target{text: text}

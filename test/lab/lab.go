@@ -61,6 +61,7 @@ type Lab struct {
 	Env            []string // the environment of every process of the lab
 
 	processes []*CoreDNS
+	resolvers []*Resolver
 }
 
 // New makes a lab. Its owner has to close it.
@@ -100,6 +101,9 @@ func (l *Lab) Close() error {
 	var errs []error
 	for _, p := range l.processes {
 		p.Kill()
+	}
+	for _, r := range l.resolvers {
+		r.Die()
 	}
 	if l.Cluster != nil {
 		errs = append(errs, l.Cluster.close())
