@@ -6,6 +6,7 @@ package main
 
 import (
 	_ "github.com/contentful-labs/coredns-nodecache"
+	_ "github.com/contentful-labs/coredns-nodecache/plugin/shield"
 	_ "github.com/contentful-labs/coredns-nodecache/plugin/upstream"
 	_ "github.com/coredns/caddy/onevent"
 	_ "github.com/coredns/coredns/plugin/acl"
@@ -103,6 +104,7 @@ var directives = []string{
 	"autopath",
 	"acl",
 	"cache",
+	"shield",
 	"header",
 	"dnssec",
 	"tls",

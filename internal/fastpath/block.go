@@ -19,6 +19,7 @@ import (
 // to see each query. (prometheus has to, and is done justice by counts.)
 var exact = []string{
 	"any", "bufsize", "cancel", "chaos", "errors", "health", "local", "metadata", "nsid", "prometheus", "ready",
+	"shield",
 }
 
 // A Block is a server block with fastpath. Its exported fields are set before Attach.
