@@ -189,10 +189,14 @@ check-generated: ## Fail if the lists of plugins are not what plugin.cfg asks fo
 	cd cmd/coredns && go run ./generate -check
 
 .PHONY: manifests
-manifests: ## Write the name and the release of the images into manifests and pages, and copy those of k8s/base to where they are applied as they are.
-	sed -i -E 's#(image: ).*:v[0-9.]+-coredns[0-9.]+#\1$(IMAGE_NAME):$(RELEASE)-coredns$(COREDNS_VERSION)#' k8s/base/*/*.yaml k8s/components/*/*.yaml
+manifests: ## Write what of the manifests, the chart and the pages is made elsewhere: the images' name and release, the files of k8s/base, the Corefile, the alerts.
+	sed -i -E 's#(image: ).*:v[0-9.]+-coredns[0-9.]+#\1$(IMAGE_NAME):$(RELEASE)-coredns$(COREDNS_VERSION)#' \
+		k8s/base/*/*.yaml k8s/components/*/*.yaml charts/nodecache/Chart.yaml
 	sed -i -E 's#(coredns-nodecache:)v[0-9.]+-coredns[0-9.]+#\1$(RELEASE)-coredns$(COREDNS_VERSION)#' README.md docs/*.md
+	sed -i -E 's#^version: .*#version: $(RELEASE:v%=%)#; s#^appVersion: .*#appVersion: $(RELEASE)-coredns$(COREDNS_VERSION)#' charts/nodecache/Chart.yaml
+	sed -i -E 's#^(  repository: ).*#\1$(IMAGE_NAME)#' charts/nodecache/values.yaml
 	cp k8s/base/single/node-local.yaml k8s/base/ha/node-local-ha.yaml k8s
+	$(call run,chart/generate)
 
 .PHONY: sbom
 sbom: coredns image-root ## Write build/sbom.json, the modules and packages of the images with their licences (CycloneDX).

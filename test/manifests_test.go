@@ -16,6 +16,7 @@ import (
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 
+	"github.com/contentful-labs/coredns-nodecache/test/chart"
 	"github.com/contentful-labs/coredns-nodecache/test/lab"
 	"github.com/contentful-labs/coredns-nodecache/test/manifest"
 )
@@ -166,31 +167,19 @@ func (n *node) ask(c client, at netip.Addr, name string) (*dns.Msg, error) {
 // serves checks that a running pod does all that its manifest says.
 func (n *node) serves(p *pod) {
 	n.Helper()
-	clients := n.clients()
-	if p.ownNet {
-		// Here the node's namespace stands for the pod's own.
-		clients = []client{{"host", n.Node}}
-	}
-	for _, c := range clients {
+	for _, c := range n.clientsOf(p) {
 		for _, proto := range protos {
 			n.run(lab.Load{From: c.ns, Proto: proto, To: on(p.bound...), Count: 5 * len(p.bound)}, false)
 		}
-		for _, at := range p.bound {
-			for name, want := range map[string]string{
-				"a.default.svc.cluster.local.": "192.0.2.1",
-				"www.example.com.":             "192.0.2.1",
-				"my.example.org.":              "203.0.113.9",
-				"one.more.example.com.":        "203.0.113.10",
-				"one.more.svc.cluster.local.":  "203.0.113.11",
-				"a.corp.local.":                "192.0.2.1",
-			} {
-				answer, err := n.ask(c, at, name)
-				if err != nil || len(answer.Answer) != 1 || !strings.HasSuffix(answer.Answer[0].String(), want) {
-					n.Errorf("%s asks %s for %s and gets %v, %v", c.name, at, name, answer, err)
-				}
-			}
-		}
 	}
+	n.answersOf(p, map[string]string{
+		"a.default.svc.cluster.local.": "192.0.2.1",
+		"www.example.com.":             "192.0.2.1",
+		"my.example.org.":              "203.0.113.9",
+		"one.more.example.com.":        "203.0.113.10",
+		"one.more.svc.cluster.local.":  "203.0.113.11",
+		"a.corp.local.":                "192.0.2.1",
+	})
 	body, err := get(n.Node, "http://"+p.metrics+"/metrics")
 	n.must(err)
 	n.has(body, "coredns_cache_entries", "coredns_nodecache_setup_errors_total")
@@ -203,6 +192,31 @@ func (n *node) serves(p *pod) {
 		at := netip.AddrPortFrom(other, uint16(port))
 		if _, err := get(n.Node, "http://"+at.String()+"/metrics"); !errors.Is(err, syscall.ECONNREFUSED) {
 			n.Errorf("asking %s for metrics: %v, want a refusal", at, err)
+		}
+	}
+}
+
+// clientsOf are those who can ask a pod.
+func (n *node) clientsOf(p *pod) []client {
+	n.Helper()
+	if p.ownNet {
+		// Here the node's namespace stands for the pod's own.
+		return []client{{"host", n.Node}}
+	}
+	return n.clients()
+}
+
+// answersOf checks what everybody is answered, by name.
+func (n *node) answersOf(p *pod, names map[string]string) {
+	n.Helper()
+	for _, c := range n.clientsOf(p) {
+		for _, at := range p.bound {
+			for name, want := range names {
+				answer, err := n.ask(c, at, name)
+				if err != nil || len(answer.Answer) != 1 || !strings.HasSuffix(answer.Answer[0].String(), want) {
+					n.Errorf("%s asks %s for %s and gets %v, %v", c.name, at, name, answer, err)
+				}
+			}
 		}
 	}
 }
@@ -238,6 +252,27 @@ func TestManifests(t *testing.T) {
 			return manifest.Build(filepath.Join(k8s, "overlays", o.Name()))
 		}
 	}
+	// What of the chart no kustomization has.
+	manifests["chart"] = rendered(`
+pair: {enabled: true}
+config:
+  firewall: nftables
+  extraClusterDomains: [corp.test]
+  extraOverrides: |
+    template IN A values.example.com {
+        answer "{{ .Name }} 60 IN A 203.0.113.12"
+    }
+  extraServerBlocks: |
+    values.test:53 {
+        import node
+        template IN A {
+            answer "{{ .Name }} 60 IN A 203.0.113.13"
+        }
+    }
+  upstreamServers: ["` + lab.DNSAddr.String() + `"]
+  cache: {success: 2000, denial: 1024}
+  healthPort: 9800
+`)
 	for name, load := range manifests {
 		for _, variant := range []lab.Iptables{lab.NFT, lab.Legacy} {
 			t.Run(name+"/"+string(variant), func(t *testing.T) {
@@ -257,6 +292,11 @@ func TestManifests(t *testing.T) {
 				}
 				for _, p := range pods {
 					n.serves(p)
+					if name == "chart" {
+						n.answersOf(p, map[string]string{
+							"values.example.com.": "203.0.113.12", "my.values.test.": "203.0.113.13", "a.corp.test.": "192.0.2.1",
+						})
+					}
 				}
 				for i, r := range running {
 					n.has(r.Log(), firewallOf(pods[i].env["FIREWALL"]))
@@ -269,6 +309,17 @@ func TestManifests(t *testing.T) {
 				n.same("after the exit", before, n.snapshot())
 			})
 		}
+	}
+}
+
+// rendered is the chart with values.
+func rendered(values string) func() (*manifest.Manifest, error) {
+	return func() (*manifest.Manifest, error) {
+		r, err := chart.Render(filepath.Join("..", "charts", "nodecache"), "nodecache", values)
+		if err != nil {
+			return nil, err
+		}
+		return manifest.Decode([]byte(r.Objects))
 	}
 }
 

@@ -45,6 +45,7 @@ type variant struct {
 	protocol string // to the cluster, "" for force_tcp
 	upstream string // of all other names, "" for /etc/resolv.conf
 	log      bool   // of queries
+	scraped  bool   // has a Service for the metrics
 	named    bool   // the ports of the cluster's DNS are found by their names
 }
 
@@ -76,6 +77,8 @@ var components = map[string]variant{
 	"fastpath":   usual,
 	"kubespray":  usual.with(func(v *variant) { v.dns = "$(COREDNS_SERVICE_HOST)" }),
 	"rke2":       usual.with(func(v *variant) { v.dns = "$(RKE2_COREDNS_RKE2_COREDNS_SERVICE_HOST)" }),
+
+	"prometheus-operator": usual.with(func(v *variant) { v.scraped = true }),
 
 	"cluster-upstream": usual.with(func(v *variant) { v.upstream = "{$KUBE_DNS_UPSTREAM_SERVICE_HOST}" }),
 	"udp":              usual.with(func(v *variant) { v.protocol = "prefer_udp" }),
@@ -252,6 +255,12 @@ func check(t *testing.T, m *manifest.Manifest, sets int, v variant) {
 	if len(m.ConfigMaps) != 1 || len(m.DaemonSets) != sets {
 		t.Fatalf("has %d ConfigMaps and %d DaemonSets", len(m.ConfigMaps), len(m.DaemonSets))
 	}
+	// test/chart has what the Service for the metrics is to be.
+	headless := func(s corev1.Service) bool { return s.Spec.ClusterIP == "None" }
+	if slices.ContainsFunc(m.Services, headless) != v.scraped {
+		t.Errorf("has a headless Service: %v", !v.scraped)
+	}
+	m.Services = slices.DeleteFunc(m.Services, headless)
 	for _, s := range m.Services {
 		if s.Namespace != "kube-system" || len(s.Spec.Selector) != 1 || s.Spec.Selector["k8s-app"] != "kube-dns" {
 			t.Errorf("the Service %s/%s is of %v, not of the cluster's DNS", s.Namespace, s.Name, s.Spec.Selector)

@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 
+	monitoring "github.com/prometheus-operator/prometheus-operator/pkg/apis/monitoring/v1"
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	utilyaml "k8s.io/apimachinery/pkg/util/yaml"
@@ -27,6 +28,9 @@ type Manifest struct {
 	ConfigMaps []corev1.ConfigMap
 	DaemonSets []appsv1.DaemonSet
 	Policies   []RedirectPolicy
+	Monitors   []monitoring.ServiceMonitor
+	Rules      []monitoring.PrometheusRule
+	Pods       []corev1.Pod
 }
 
 // A RedirectPolicy is what is used here of cilium.io/v2 CiliumLocalRedirectPolicy, whose
@@ -69,7 +73,7 @@ func Read(file string) (*Manifest, error) {
 	if err != nil {
 		return nil, err
 	}
-	m, err := decode(text)
+	m, err := Decode(text)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", file, err)
 	}
@@ -86,14 +90,15 @@ func Build(dir string) (*Manifest, error) {
 	if err != nil {
 		return nil, fmt.Errorf("building %s: %w", dir, err)
 	}
-	m, err := decode(text)
+	m, err := Decode(text)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w\n%s", dir, err, text)
 	}
 	return m, nil
 }
 
-func decode(text []byte) (*Manifest, error) {
+// Decode decodes YAML documents as Read does.
+func Decode(text []byte) (*Manifest, error) {
 	m := new(Manifest)
 	documents := utilyaml.NewYAMLReader(bufio.NewReader(bytes.NewReader(text)))
 	for i := 0; ; i++ {
@@ -128,6 +133,12 @@ func (m *Manifest) add(document []byte) (err error) {
 		m.DaemonSets, err = appendStrict(m.DaemonSets, document)
 	case "cilium.io/v2 CiliumLocalRedirectPolicy":
 		m.Policies, err = appendStrict(m.Policies, document)
+	case "monitoring.coreos.com/v1 ServiceMonitor":
+		m.Monitors, err = appendStrict(m.Monitors, document)
+	case "monitoring.coreos.com/v1 PrometheusRule":
+		m.Rules, err = appendStrict(m.Rules, document)
+	case "v1 Pod":
+		m.Pods, err = appendStrict(m.Pods, document)
 	default:
 		err = fmt.Errorf("unexpected kind %s", what)
 	}
