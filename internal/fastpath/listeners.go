@@ -37,7 +37,6 @@ type Listeners struct {
 	answering *sockets.Counter
 	mu        sync.Mutex
 	listeners map[netip.AddrPort]*listener
-	cpus      int
 	following bool         // see follow
 	ending    atomic.Int64 // servings and listeners with queries under way
 }
@@ -75,24 +74,6 @@ func (f *Listeners) Finish(limit time.Duration) {
 	}
 }
 
-// spare sees to it that Go's scheduler has a P to spare while there are workers. A
-// worker that waits in the kernel keeps its own only if there is another that is idle;
-// else the runtime's monitor takes it away within 20 us, each time, which doubles what
-// a query costs at moderate rates.
-func (f *Listeners) spare(yes bool) {
-	if yes {
-		f.cpus = runtime.GOMAXPROCS(0)
-	}
-	if f.cpus > 1 {
-		return
-	}
-	if yes {
-		runtime.GOMAXPROCS(2)
-	} else {
-		runtime.GOMAXPROCS(1)
-	}
-}
-
 // Serve is called when CoreDNS begins to serve an address: all of its sockets are
 // open, so that the configuration is in force. From here on no answer of another one
 // is sent from the table. entries is how many answers are kept for the addresses that have
@@ -113,17 +94,11 @@ func (f *Listeners) Serve(s *dnsserver.Server, entries map[netip.AddrPort]int) {
 		return
 	}
 	v := newServing(s, at, n)
-	if len(f.listeners) == 0 {
-		f.spare(true)
-	}
 	l := &listener{at: at}
 	l.serving.Store(v)
-	if err := l.open(f.cpus, f.answering); err != nil {
+	if err := l.open(runtime.GOMAXPROCS(0), f.answering); err != nil {
 		log.Errorf("fastpath: opening sockets on %s, which CoreDNS serves alone now: %v", endpoint(at), err)
 		go v.stop()
-		if len(f.listeners) == 0 {
-			f.spare(false)
-		}
 		return
 	}
 	f.listeners[at] = l
@@ -172,9 +147,6 @@ func (f *Listeners) Only(entries map[netip.AddrPort]int) {
 			log.Errorf("fastpath: leaving %s: %v", endpoint(at), err)
 		}
 		f.end(l.close)
-		if len(f.listeners) == 0 {
-			f.spare(false)
-		}
 	}
 	follow := entries == nil && len(f.listeners) > 0
 	if follow && !f.following {
@@ -235,7 +207,8 @@ func (l *listener) open(cpus int, answering *sockets.Counter) error {
 		l.sockets = append(l.sockets, s)
 	}
 	for _, s := range l.sockets {
-		l.done.Go(func() { s.run(l, answering) })
+		w := &worker{socket: s, listener: l, answering: answering}
+		l.done.Go(w.run)
 	}
 	return nil
 }

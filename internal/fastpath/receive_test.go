@@ -1,6 +1,7 @@
 package fastpath
 
 import (
+	"net"
 	"net/netip"
 	"runtime"
 	"sync/atomic"
@@ -9,6 +10,7 @@ import (
 
 	"github.com/miekg/dns"
 	"github.com/prometheus/client_golang/prometheus"
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/contentful-labs/coredns-nodecache/internal/sockets"
@@ -25,13 +27,13 @@ func TestMmsghdr(t *testing.T) {
 func TestDrainKnowsOfMisses(t *testing.T) {
 	var answering sockets.Counter
 	v := &serving{table: newAnswerTable(64), misses: &missConn{queries: make(chan *query, batch)}}
-	s := &socket{fd: -1}
-	p := newPackets(-1)
+	w := &worker{}
+	p := newPackets()
 	p.recv[0].len = uint32(copy(p.in[0][:], packed(t, question("example.org.", dns.TypeA))))
 	open := answering.Begin()
 	left := answering.Turn() // between its read and its turn
 	v.using.Add(1)
-	s.serve(v, p, 1, sinceEpoch(), open)
+	w.serve(v, p, 1, sinceEpoch(), open, 0)
 	open.Add(-1)
 	var b [512]byte
 	if _, _, err := v.misses.ReadFrom(b[:]); err != nil {
@@ -53,29 +55,83 @@ func hitter(t testing.TB, v *serving, count *counts) func() {
 	must(t, unix.Bind(sink, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}))
 	sa, err := unix.Getsockname(sink)
 	must(t, err)
-	port := sa.(*unix.SockaddrInet4).Port
-	s, err := openSocket(netip.AddrPortFrom(addr("127.0.0.1"), 0))
-	must(t, err)
-	t.Cleanup(s.close)
-	p := newPackets(s.fd)
-	for i := range batch {
-		a, q := entry(t, i)
-		a.counts = count
-		v.table.add(a, sinceEpoch())
-		p.recv[i].len = uint32(copy(p.in[i][:], q))
-		*(*unix.RawSockaddrInet4)(unsafe.Pointer(&p.from[i])) = unix.RawSockaddrInet4{
-			Family: unix.AF_INET, Addr: [4]byte{127, 0, 0, 1}, Port: uint16(port>>8) | uint16(port)<<8,
-		}
-		p.recv[i].hdr.Namelen = unix.SizeofSockaddrInet4
-	}
-	var open atomic.Int64
-	hit := func() { v.using.Add(1); s.serve(v, p, batch, sinceEpoch(), &open) }
+	_, hit := batchOf(t, v, count, "127.0.0.1", unix.RawSockaddrInet4{Addr: [4]byte{127, 0, 0, 1}, Port: uint16(sa.(*unix.SockaddrInet4).Port)})
 	before := hits(t)
 	hit()
 	if n := hits(t) - before; n != batch {
 		t.Fatalf("%v hits of %d", n, batch)
 	}
 	return hit
+}
+
+// batchOf returns a worker on an address, and a function that has it answer a batch of
+// packets of this client, whose port is in the order of this machine, from v's table.
+func batchOf(t testing.TB, v *serving, count *counts, at string, client unix.RawSockaddrInet4) (*worker, func()) {
+	s, err := openSocket(netip.AddrPortFrom(addr(at), 0))
+	must(t, err)
+	t.Cleanup(s.close)
+	client.Family, client.Port = unix.AF_INET, client.Port>>8|client.Port<<8
+	p, w := newPackets(), &worker{socket: s}
+	for i := range batch {
+		a, q := entry(t, i)
+		a.counts = count
+		v.table.add(a, sinceEpoch())
+		p.recv[i].len = uint32(copy(p.in[i][:], q))
+		*(*unix.RawSockaddrInet4)(unsafe.Pointer(&p.from[i])) = client
+		p.recv[i].hdr.Namelen = unix.SizeofSockaddrInet4
+	}
+	var open atomic.Int64
+	return w, func() { v.using.Add(1); w.serve(v, p, batch, sinceEpoch(), &open, uintptr(s.fd)) }
+}
+
+// What a slow client's link holds of answers stops nobody for good.
+func TestSlowClientDoesNotStopTheWorker(t *testing.T) {
+	needRoot(t)
+	pod := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "nctest0"}, PeerName: "nctest1"}
+	must(t, netlink.LinkAdd(pod))
+	t.Cleanup(func() { netlink.LinkDel(pod) })
+	link, err := netlink.LinkByName("nctest0")
+	must(t, err)
+	peer, err := netlink.LinkByName("nctest1")
+	must(t, err)
+	must(t, netlink.AddrAdd(link, &netlink.Addr{IPNet: &net.IPNet{IP: net.IPv4(192, 0, 2, 1), Mask: net.CIDRMask(24, 32)}}))
+	must(t, netlink.LinkSetUp(peer))
+	must(t, netlink.LinkSetUp(link))
+	must(t, netlink.NeighAdd(&netlink.Neigh{
+		LinkIndex: link.Attrs().Index, State: netlink.NUD_PERMANENT, IP: net.IPv4(192, 0, 2, 9), HardwareAddr: peer.Attrs().HardwareAddr,
+	}))
+	// As the plugin bandwidth of CNI has it, for a pod.
+	err = netlink.QdiscAdd(&netlink.Tbf{
+		QdiscAttrs: netlink.QdiscAttrs{LinkIndex: link.Attrs().Index, Handle: netlink.MakeHandle(1, 0), Parent: netlink.HANDLE_ROOT},
+		Rate:       1000, Buffer: netlink.Xmittime(1000, 1600), Limit: 64 << 20,
+	})
+	if err != nil {
+		t.Skipf("this kernel has no tbf: %v", err)
+	}
+	w, hit := batchOf(t, &serving{table: newAnswerTable(DefaultEntries)}, new(counts), "192.0.2.1", unix.RawSockaddrInet4{Addr: [4]byte{192, 0, 2, 9}, Port: 9})
+	batches := 0
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for ; !w.stuck && batches < 1000; batches++ {
+			hit()
+		}
+		hit() // and this one finds no room either
+	}()
+	eventually(t, "the worker goes on", func() bool {
+		select {
+		case <-done:
+			return true
+		default:
+			return false
+		}
+	})
+	if !w.stuck {
+		t.Errorf("%d answers to a link that takes a thousand bytes a second had room", batches*batch)
+	}
+	if batches < 2000/batch {
+		t.Errorf("there is room for %d answers that are on their way", batches*batch)
+	}
 }
 
 // fullCounts returns as many counters and histograms as a block with cache and prometheus has.

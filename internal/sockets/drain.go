@@ -21,9 +21,15 @@ type Counter struct {
 
 // Begin counts one query in and returns where to count it out, with Add(-1).
 func (c *Counter) Begin() *atomic.Int64 {
-	n := &c.open[c.generation.Load()&1]
-	n.Add(1)
-	return n
+	for {
+		g := c.generation.Load()
+		n := &c.open[g&1]
+		n.Add(1)
+		if c.generation.Load() == g {
+			return n
+		}
+		n.Add(-1) // a turn has not seen it, and the next one would not look there
+	}
 }
 
 // Turn begins a new generation and returns how many queries of the one before
@@ -128,8 +134,10 @@ func ReadOut(es []desired.Endpoint, deadline time.Time) error {
 	return nil
 }
 
-// Queued tells whether a UDP socket holds a datagram that nobody has read.
+// Queued tells whether a UDP socket holds a datagram that nobody has read, if only an empty
+// one, for which SIOCINQ says 0 whatever is behind it.
 func Queued(fd int) bool {
-	n, err := unix.IoctlGetInt(fd, unix.SIOCINQ)
-	return err == nil && n > 0
+	p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+	n, err := unix.Poll(p, 0)
+	return err == nil && n > 0 && p[0].Revents&unix.POLLIN != 0
 }

@@ -110,6 +110,30 @@ func TestDrainWaitsForQueuedDatagrams(t *testing.T) {
 	}
 }
 
+// An empty datagram hides nothing that is behind it.
+func TestQueuedSeesEmptyDatagrams(t *testing.T) {
+	e := local(t, "127.0.0.1", "udp")
+	s := serveOn(t, e)[0]
+	client := dialUDP(t, e)
+	for _, text := range []string{"", "query"} {
+		_, err := client.Write([]byte(text))
+		must(t, err)
+	}
+	raw, err := s.UDP.SyscallConn()
+	must(t, err)
+	for left := 2; left >= 0; left-- {
+		must(t, raw.Control(func(fd uintptr) {
+			if queued := Queued(int(fd)); queued != (left > 0) {
+				t.Errorf("with %d datagrams unread it is said that there are some: %v", left, queued)
+			}
+		}))
+		if left > 0 {
+			_, err := s.UDP.Read(make([]byte, 10))
+			must(t, err)
+		}
+	}
+}
+
 func TestOwnSocketsAreFoundByEndpoint(t *testing.T) {
 	var es []desired.Endpoint
 	for _, a := range []string{"127.0.0.1", "::1"} {
