@@ -6,7 +6,6 @@ import (
 	"testing"
 
 	"github.com/coredns/caddy"
-	"github.com/miekg/dns"
 	"github.com/prometheus/client_golang/prometheus"
 )
 
