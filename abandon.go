@@ -1,8 +1,7 @@
 package nodecache
 
 import (
-	"net/netip"
-	"slices"
+	"context"
 	"time"
 
 	"github.com/contentful-labs/coredns-nodecache/internal/desired"
@@ -26,7 +25,9 @@ func (n *node) takeBack() error {
 		}
 		began := time.Now()
 		n.ready.Store(false)
-		n.giveUp(n.want)
+		ctx, cancel := context.WithTimeout(context.Background(), exitLeast)
+		defer cancel()
+		n.giveUp(ctx, n.want)
 		if n.life.InForce != nil { // all that is ours has been listened on, and asked
 			n.drain(n.life.InForce.listeners(), false, began.Add(drainLimit))
 		}
@@ -34,14 +35,7 @@ func (n *node) takeBack() error {
 			n.member.Hide()
 			n.leaving, n.want = desired.State{}, desired.State{}
 			// Another process may have come meanwhile.
-			stays := desired.State{Links: n.others.Wants.Links}
-			added := made{}
-			for i, addrs := range n.added {
-				if !n.others.Unknown {
-					added[i] = slices.DeleteFunc(addrs, func(a netip.Addr) bool { return slices.Contains(stays.Links[i.name], a) })
-				}
-			}
-			return n.undo(stays, added)
+			return n.takeOff(desired.State{}, n.heed(desired.State{}))
 		})
 	})
 }

@@ -2,12 +2,14 @@ package nodecache
 
 import (
 	"cmp"
+	"context"
 	"errors"
 	"time"
 
 	"github.com/contentful-labs/coredns-nodecache/internal/desired"
 	"github.com/contentful-labs/coredns-nodecache/internal/life"
 	"github.com/contentful-labs/coredns-nodecache/internal/peers"
+	"github.com/contentful-labs/coredns-nodecache/internal/plan"
 	"github.com/contentful-labs/coredns-nodecache/internal/sockets"
 )
 
@@ -35,14 +37,14 @@ func (n *node) exit() {
 		}
 		kept := cfg.kept(n.resolve)
 		// While it waits to leave, it answers all that comes.
-		n.deadline = later(began, by.Add(-drainLimit-exitLeast)).Add(exitLeast / 5)
-		n.giveUp(n.want.Minus(kept))
+		soon, cancel := context.WithDeadline(context.Background(), later(began, by.Add(-drainLimit-exitLeast)).Add(exitLeast/5))
+		n.giveUp(soon, n.want.Minus(kept))
+		cancel()
 		es := cfg.listeners()
 		if next := n.life.Next; next != nil && next != cfg {
 			es = append(es, next.listeners()...)
 		}
 		givenUp := n.drain(es, !kept.Empty(), earlier(time.Now().Add(drainLimit), by.Add(-exitLeast)))
-		n.deadline = by
 		left := n.reduceBy(kept, by)
 		took := time.Since(began).Round(time.Millisecond)
 		n.member.SayLastWords(peers.LastWords{Seconds: took.Seconds(), GivenUp: givenUp})
@@ -82,8 +84,10 @@ func earlier(a, b time.Time) time.Time {
 // reduceBy tries to reach what is to stay after an exit until it has or its time is up,
 // and returns what has failed then.
 func (n *node) reduceBy(kept desired.State, by time.Time) error {
+	ctx, cancel := context.WithDeadline(context.Background(), by)
+	defer cancel()
 	for {
-		err := n.reduce(kept)
+		err := n.reduce(ctx, kept)
 		if err == nil {
 			return nil
 		}
@@ -91,8 +95,9 @@ func (n *node) reduceBy(kept desired.State, by time.Time) error {
 		if time.Until(by) < retryFirst || errors.As(err, new(unreadableError)) {
 			// Nobody listens any more, so rules that have stayed are out of force,
 			// and no query needs the addresses.
+			going := n.want.Minus(kept)
 			n.want = kept
-			return errors.Join(err, n.prune(kept))
+			return errors.Join(err, n.trim(ctx, n.has(), plan.Stage{State: kept}, n.heed(going)))
 		}
 		log.Warningf("leaving: %v; trying again", err)
 		time.Sleep(retryFirst / 5)

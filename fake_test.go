@@ -46,7 +46,7 @@ func (f *fakeFirewall) apply(_ context.Context, own []desired.Endpoint, o standi
 	defer f.mu.Unlock()
 	n := f.lost
 	es := slices.Clone(own)
-	if o.unknown {
+	if o.Unknown {
 		es = desired.State{Rules: map[string][]desired.Endpoint{"": append(es, f.rules...)}}.Sorted().Rules[""]
 	}
 	f.rules, f.lost, f.heeded = es, 0, o
@@ -77,7 +77,7 @@ func (f *fakeFirewall) stand() (rules, served []desired.Endpoint) {
 func (f *fakeFirewall) keeps() []desired.Endpoint {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return f.heeded.others
+	return f.heeded.Others
 }
 
 // heard returns and forgets the calls.

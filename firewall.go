@@ -7,6 +7,7 @@ import (
 	"os/exec"
 
 	"github.com/contentful-labs/coredns-nodecache/internal/desired"
+	"github.com/contentful-labs/coredns-nodecache/internal/plan"
 )
 
 // firewall keeps DNS to endpoints out of connection tracking: the queries that
@@ -27,41 +28,8 @@ type firewall interface {
 	String() string
 }
 
-// standing is what a backend whose rules are not its process's alone has to heed. A
-// process writes rules for what it wants itself, whatever others say: so nobody has
-// rules written who could not write them, and two releases never undo each other's.
-type standing struct {
-	// others is what other processes want: what stands for it stays as it stands.
-	others []desired.Endpoint
-	// leaving is what this process still wants but is about to give up, and nobody else
-	// stays for: no rule for new UDP queries to it is written.
-	leaving []desired.Endpoint
-	// unknown is true when a process does not say what it wants: then all stays that
-	// stands, less the rules for new UDP queries to leaving.
-	unknown bool
-	// alone is what goes all the same: this process gives it up and, as the kernel's list of
-	// sockets says, nobody else serves it.
-	alone []desired.Endpoint
-}
-
-// standing returns it for a backend, as of this process's last turn.
-func (n *node) standing(backend string) standing {
-	return standing{
-		others:  n.others.Wants.Rules[backend],
-		leaving: n.leaving.Minus(n.others.Stays).Rules[backend],
-		unknown: n.others.Unknown,
-		alone:   n.alone.Rules[backend],
-	}
-}
-
-// limit bounds what firewalls do: by n's deadline, where it has one, and else by the
-// beginning of an exit. Each program has a limit of its own beside that.
-func (n *node) limit() (context.Context, context.CancelFunc) {
-	if n.deadline.IsZero() {
-		return context.WithCancel(n.exiting)
-	}
-	return context.WithDeadline(context.Background(), n.deadline)
-}
+// standing is what a backend whose rules are not its process's alone has to heed.
+type standing = plan.Standing
 
 // resolve returns the backend that a configuration's word for it means here.
 func (n *node) resolve(backend string) string {

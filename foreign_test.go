@@ -54,9 +54,9 @@ func TestForeignAddressKeepsItsLink(t *testing.T) {
 	n := newTestLink(t, "169.254.20.10", "fd00:20::10")
 	addAddr(t, testLink, "10.77.0.1/24")
 	addAddr(t, testLink, "fd00:77::1/64")
-	must(t, n.prune(nil))
+	must(t, keepOnly(n, nil))
 	wantCarried(t, testLink, "10.77.0.1", "fd00:77::1")
-	must(t, n.prune(nil)) // again
+	must(t, keepOnly(n, nil)) // again
 	l, err := nodelinks.ByName(testLink)
 	must(t, err)
 	for _, address := range []string{"10.77.0.1/24", "fd00:77::1/64"} {
@@ -64,7 +64,7 @@ func TestForeignAddressKeepsItsLink(t *testing.T) {
 		must(t, err)
 		must(t, netlink.AddrDel(l, a))
 	}
-	must(t, n.prune(nil))
+	must(t, keepOnly(n, nil))
 	if l, err := nodelinks.ByName(testLink); err != nil || l != nil {
 		t.Errorf("the link %v is left, error %v", l, err)
 	}

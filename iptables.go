@@ -70,7 +70,7 @@ func (t *iptables) variant() string {
 func (t *iptables) apply(ctx context.Context, own []desired.Endpoint, o standing) (missing int, err error) {
 	for _, f := range []family{ipv4, ipv6} {
 		x, mine := t.families[f], ofFamily(own, f)
-		theirs := standing{ofFamily(o.others, f), ofFamily(o.leaving, f), o.unknown, ofFamily(o.alone, f)}
+		theirs := standing{Others: ofFamily(o.Others, f), Leaving: ofFamily(o.Leaving, f), Unknown: o.Unknown, Alone: ofFamily(o.Alone, f)}
 		if len(mine) == 0 && !x.touched {
 			// Maybe a process before this one had the family: look, where one can. Where the
 			// kernel lacks it, or its tables, the program fails, and nothing is there.
@@ -124,7 +124,7 @@ func (x *xtables) apply(ctx context.Context, own []desired.Endpoint, o standing)
 		return 0, err
 	}
 	have, err := x.look(ctx, "raw", "filter")
-	if errors.As(err, new(unreadableError)) && x.nft() && len(own)+len(o.others) == 0 && !o.unknown {
+	if errors.As(err, new(unreadableError)) && x.nft() && len(own)+len(o.Others) == 0 && !o.Unknown {
 		// Nobody's rules are to stand, so what they are need not be read.
 		if e := removeFromNFT(x.family); e != nil {
 			return 0, setupError(errFirewall, fmt.Errorf("%w; and %w; the chains %s stay", err, e, chainNames()))

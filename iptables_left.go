@@ -28,7 +28,7 @@ type leftRules struct {
 }
 
 // sweep removes them while no other process is there that may need them.
-func (n *node) sweep() {
+func (n *node) sweep(ctx context.Context) {
 	own, known := n.ownVariant()
 	if !known || n.others.Unknown || n.others.Variants[""] {
 		n.left.looked = false
@@ -38,10 +38,8 @@ func (n *node) sweep() {
 		return
 	}
 	n.left.looked = true
-	ctx, cancel := n.limit()
+	ctx, cancel := context.WithTimeout(ctx, sweepLimit)
 	defer cancel()
-	ctx, end := context.WithTimeout(ctx, sweepLimit)
-	defer end()
 	var errs []error
 	for variant, sweep := range map[string]func(family) error{
 		variantNFT:    removeFromNFT,

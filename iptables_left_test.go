@@ -90,7 +90,7 @@ func TestTableThatCannotBeRead(t *testing.T) {
 			}
 			readable = unreadable(t, nft, in.table, in.chain)
 			// Another process's rules stay.
-			_, err = fw.apply(t.Context(), nil, standing{others: es})
+			_, err = fw.apply(t.Context(), nil, standing{Others: es})
 			wantError(t, err, "iptables can't read the table "+in.table)
 			remove(t, fw)
 			if got := nftRun(t, nft, "list", "ruleset"); strings.Contains(got, "NODECACHE") || !strings.Contains(got, "ct state new accept") {

@@ -140,16 +140,16 @@ func TestDeadlineBoundsLockAndProgram(t *testing.T) {
 	remove(t, fw)
 }
 
-func TestDeadlineOfNodeBoundsItsFirewalls(t *testing.T) {
+func TestDeadlineOfStepsBoundsFirewalls(t *testing.T) {
 	needRoot(t)
 	v := newVariant(t, "legacy")
 	n, err := listenStart(t, "169.254.20.10")
 	must(t, err)
 	_, unlock := lock(t)
 	must(t, n.do(func() error {
-		n.deadline = time.Now().Add(1900 * time.Millisecond)
-		defer func() { n.deadline = time.Time{} }()
-		wantError(t, n.rules(desired.State{}), "another program has held the xtables lock ("+lockFile()+") for 1s")
+		ctx, cancel := context.WithTimeout(t.Context(), 1900*time.Millisecond)
+		defer cancel()
+		wantError(t, n.reduce(ctx, desired.State{}), "another program has held the xtables lock ("+lockFile()+") for 1s")
 		return nil
 	}))
 	unlock()

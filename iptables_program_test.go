@@ -67,7 +67,7 @@ func TestFamilyThatIsNotNeededMayFail(t *testing.T) {
 		n, err := listenStart(t, "169.254.20.10")
 		must(t, err)
 		must(t, n.do(func() error { n.repair(false, "this test"); return nil }))
-		if !n.ready.Load() || n.faulty[backendIPT] {
+		if !n.ready.Load() || n.doubtful[backendIPT] {
 			t.Error("a check has failed")
 		}
 		n.exit()

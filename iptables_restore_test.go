@@ -53,14 +53,14 @@ func TestInputOfIPTablesRestore(t *testing.T) {
 		"v4":        script(&xtables{family: ipv4}, none, v4, standing{}),
 		"v6":        script(&xtables{family: ipv6}, none, v6, standing{}),
 		"extra":     script(&xtables{family: ipv4}, none, append(dnsOn("169.254.20.10"), extraPort("169.254.20.10", 8080)), standing{}),
-		"leaving":   script(&xtables{family: ipv4}, none, v4, standing{leaving: v4[:2]}),
+		"leaving":   script(&xtables{family: ipv4}, none, v4, standing{Leaving: v4[:2]}),
 		"no-recent": script(&xtables{family: ipv6, noRecent: true}, none, v6, standing{}),
 		"repair":    script(&xtables{family: ipv4}, doubled, dnsOn("169.254.20.10"), standing{}),
 		"removal":   script(&xtables{family: ipv4}, doubled, nil, standing{}),
 		"nothing":   script(&xtables{family: ipv4}, none, nil, standing{}),
-		"others":    script(&xtables{family: ipv4}, shared, dnsOn("169.254.20.10")[:1], standing{others: dnsOn("10.9.9.9", "169.254.20.10", "10.7.7.7")}),
+		"others":    script(&xtables{family: ipv4}, shared, dnsOn("169.254.20.10")[:1], standing{Others: dnsOn("10.9.9.9", "169.254.20.10", "10.7.7.7")}),
 		"last":      script(&xtables{family: ipv4}, shared, dnsOn("169.254.20.10")[:1], standing{}),
-		"unknown":   script(&xtables{family: ipv4}, shared, dnsOn("169.254.20.10")[:1], standing{unknown: true, leaving: dnsOn("169.254.20.10")}),
+		"unknown":   script(&xtables{family: ipv4}, shared, dnsOn("169.254.20.10")[:1], standing{Unknown: true, Leaving: dnsOn("169.254.20.10")}),
 	} {
 		file := filepath.Join("testdata", "restore-"+name+".golden")
 		if *update {

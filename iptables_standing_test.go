@@ -42,14 +42,14 @@ func TestNothingIsWrittenForOthers(t *testing.T) {
 			{Addr: addr("fe80::1%x\nCOMMIT\n*nat"), Proto: "udp", Port: 53},
 		}
 		for range 2 {
-			n, err := fw.apply(t.Context(), own, standing{others: claim, unknown: true})
+			n, err := fw.apply(t.Context(), own, standing{Others: claim, Unknown: true})
 			must(t, err)
 			if lines := v.ours(t); about(lines, "169.254.20.10", "fd00:20::10") != len(lines) {
 				t.Errorf("%d rules were missing, and these stand:\n%s", n, strings.Join(lines, "\n"))
 			}
 		}
 		// With no rule that stands for it, its word keeps no chain either.
-		_, err := fw.apply(t.Context(), nil, standing{others: claim})
+		_, err := fw.apply(t.Context(), nil, standing{Others: claim})
 		must(t, err)
 	})
 }
@@ -80,28 +80,28 @@ func TestRulesOfOthersStandVerbatim(t *testing.T) {
 				t.Errorf("%s: %d rules of its own, %d of the other's, %d in all", what, n, len(before), len(lines))
 			}
 		}
-		stand("with both", standing{others: theirs}, own)
+		stand("with both", standing{Others: theirs}, own)
 		v.count(t)
-		stand("with both, again", standing{others: theirs}, own)
+		stand("with both, again", standing{Others: theirs}, own)
 		for _, c := range v.called(t) {
 			if strings.HasSuffix(c, "-restore") {
 				t.Errorf("a second apply has run %s", c)
 			}
 		}
-		stand("while it does not say what it wants", standing{unknown: true}, own)
+		stand("while it does not say what it wants", standing{Unknown: true}, own)
 		must(t, fw.withdraw(t.Context(), own))
-		stand("while this one leaves", standing{others: theirs, leaving: own}, own)
+		stand("while this one leaves", standing{Others: theirs, Leaving: own}, own)
 		if lines := v.ours(t); about(lines, "169.254.20.10") != 14-2 {
 			t.Errorf("the rules for new UDP queries to what is being left are there again:\n%s", strings.Join(lines, "\n"))
 		}
-		stand("after this one has left", standing{others: theirs}, nil)
+		stand("after this one has left", standing{Others: theirs}, nil)
 		// What the other one is missing is its own to write.
 		v.run(t, "iptables", "-t", "raw", "-D", "NODECACHE-PREROUTING", "1")
-		if n, err := fw.apply(t.Context(), own, standing{others: theirs}); err != nil || about(v.ours(t), "169.254.20.11") != 14 {
+		if n, err := fw.apply(t.Context(), own, standing{Others: theirs}); err != nil || about(v.ours(t), "169.254.20.11") != 14 {
 			t.Errorf("%d were missing, error %v, and these stand:\n%s", n, err, strings.Join(v.ours(t), "\n"))
 		}
 		// Words that it does not know, for what only it wants, are an older release's.
-		n, err := other.apply(t.Context(), theirs, standing{others: own})
+		n, err := other.apply(t.Context(), theirs, standing{Others: own})
 		must(t, err)
 		if lines := v.ours(t); n != 1 || about(lines, "169.254.20.11") != 14 || strings.Contains(strings.Join(lines, ""), "far") {
 			t.Errorf("the other one finds %d missing, want the one; these stand:\n%s", n, strings.Join(v.ours(t), "\n"))
@@ -125,7 +125,7 @@ func TestKeepsWhatStands(t *testing.T) {
 		must(t, silent.withdraw(t.Context(), dnsOn("169.254.20.12")))
 		v.run(t, "iptables", "-A", "NODECACHE-INPUT", "-p", "tcp", "--dport", "99", "-j", "ACCEPT")
 		before := v.ours(t)
-		unknown := standing{unknown: true}
+		unknown := standing{Unknown: true}
 		own := dnsOn("169.254.20.10", "fd00:20::10")
 		stand := func(own int) { // 7 for each endpoint, less those for new UDP queries
 			t.Helper()

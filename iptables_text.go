@@ -167,8 +167,8 @@ func (p rewrite) changes() bool {
 // rewrite returns what has to be written for own. Rules that stand for what only other
 // processes want stay as they are printed, and are not written where they are missing.
 func (x *xtables) rewrite(have map[string]*table, own []desired.Endpoint, o standing) (p rewrite) {
-	mine, theirs, leaving, alone := set(own), set(o.others), set(o.leaving), set(o.alone)
-	stays := len(own) > 0 || o.unknown && len(alone) == 0
+	mine, theirs, leaving, alone := set(own), set(o.Others), set(o.Leaving), set(o.Alone)
+	stays := len(own) > 0 || o.Unknown && len(alone) == 0
 	for _, h := range hooks {
 		stand, there := have[h.table].chains[h.chain]
 		jumps := have[h.table].jumps(h)
@@ -182,10 +182,10 @@ func (x *xtables) rewrite(have map[string]*table, own []desired.Endpoint, o stan
 			case known && (twice || leaving[r.e] && newUDP(h, r.words, r.e)):
 			case known:
 				seen[r.identity()] = line
-				if theirs[r.e] || o.unknown && !alone[r.e] {
+				if theirs[r.e] || o.Unknown && !alone[r.e] {
 					rest = append(rest, line)
 				}
-			case o.unknown && strings.Count(line, "\"")%2 == 0:
+			case o.Unknown && strings.Count(line, "\"")%2 == 0:
 				rest = append(rest, line)
 			}
 		}

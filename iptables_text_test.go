@@ -123,7 +123,7 @@ func FuzzSave(f *testing.F) {
 			own = dnsOn("10.96.0.10")
 		}
 		x := &xtables{family: ipv4}
-		p := x.rewrite(have, own, standing{others: dnsOn("169.254.20.10"), leaving: own[:len(own)/2], unknown: unknown})
+		p := x.rewrite(have, own, standing{Others: dnsOn("169.254.20.10"), Leaving: own[:len(own)/2], Unknown: unknown})
 		if p.missing > 0 && !owned {
 			t.Errorf("%d rules are missing of nothing", p.missing)
 		}
@@ -177,7 +177,7 @@ func check(b *testing.B, n int) {
 		have[c.table].chains[c.builtin] = append(have[c.table].chains[c.builtin], "-A "+c.builtin+" "+c.jump())
 	}
 	for b.Loop() {
-		if p := x.rewrite(have, es, standing{others: es, leaving: es[:n]}); p.missing > 0 {
+		if p := x.rewrite(have, es, standing{Others: es, Leaving: es[:n]}); p.missing > 0 {
 			b.Fatalf("%d are missing", p.missing)
 		}
 	}

@@ -1,6 +1,7 @@
 package nodecache
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"slices"
@@ -11,6 +12,8 @@ import (
 
 	"github.com/contentful-labs/coredns-nodecache/internal/desired"
 	"github.com/contentful-labs/coredns-nodecache/internal/life"
+	"github.com/contentful-labs/coredns-nodecache/internal/plan"
+	"github.com/contentful-labs/coredns-nodecache/internal/serverblocks"
 	"github.com/contentful-labs/coredns-nodecache/internal/sockets"
 )
 
@@ -46,16 +49,16 @@ func (n *node) bring(cfg *config) error {
 		return err
 	}
 	err := n.inTurn(func() error {
-		made, err := n.prepare(cfg, want)
-		n.added = made
+		n.added = nil
+		err := n.tryPorts(cfg)
 		if err == nil {
-			_, err = n.ensure(want)
+			n.added, err = n.raise(want)
 		}
 		if err == nil {
 			return nil
 		}
 		err = count(err)
-		if undo := n.undo(was, made); undo != nil {
+		if undo := n.undo(was); undo != nil {
 			err = fmt.Errorf("%w; and taking back what had been done: %w", err, undo)
 		}
 		return err
@@ -72,7 +75,7 @@ func (n *node) bring(cfg *config) error {
 	// read, with their sockets open, as soon as the new ones listen.
 	n.want = want
 	n.on(life.Begins, cfg)
-	n.giveUp(was.Minus(target))
+	n.giveUp(n.exiting, was.Minus(target))
 	if n.life.Kind == life.Changing {
 		n.enforce(was.Only(target))
 		n.readOut()
@@ -91,6 +94,26 @@ func (n *node) bring(cfg *config) error {
 		}
 	}
 	go n.await(cfg, starting, began)
+	return nil
+}
+
+// tryPorts tells whether CoreDNS will be able to listen on what cfg names beside what is in
+// force.
+func (n *node) tryPorts(cfg *config) error {
+	mine := map[desired.Endpoint]bool{}
+	if n.life.InForce != nil {
+		for _, e := range n.life.InForce.listeners() {
+			mine[e] = true
+		}
+	}
+	for _, e := range cfg.listeners() {
+		if mine[e] || e.Proto == "udp" && cfg.addrs[e.Addr].foreign {
+			continue
+		}
+		if err := sockets.TryPort(e); err != nil {
+			return serverblocks.ErrorAt(cfg.wants[e].at, "%w", err)
+		}
+	}
 	return nil
 }
 
@@ -225,7 +248,7 @@ func orNone(s []string, none string) string {
 // giveUp begins to give up going, and says so to the others: what nobody else stays
 // for gets no new UDP queries, and the node's own programs do not send from its
 // addresses any more. The next reduce ends this state.
-func (n *node) giveUp(going desired.State) {
+func (n *node) giveUp(ctx context.Context, going desired.State) {
 	if going.Empty() && !n.exited() {
 		return
 	}
@@ -234,21 +257,9 @@ func (n *node) giveUp(going desired.State) {
 		if err := n.show(n.want, n.serves()); err != nil {
 			log.Errorf("%v", err)
 		}
-		gone := going.Minus(n.others.Stays)
-		for name, addrs := range gone.Links {
-			if i := n.netifs[name]; i != nil {
-				i.unprefer(addrs)
-			}
-		}
-		ctx, cancel := n.limit()
-		defer cancel()
-		var errs []error
-		for name, es := range gone.Rules {
-			if fw := n.firewalls[name]; fw != nil {
-				errs = append(errs, fw.withdraw(ctx, es))
-			}
-		}
-		return errors.Join(errs...)
+		has := plan.Have{Stage: plan.Stage{State: n.want}}
+		_, err := n.carryOut(ctx, plan.Plan(has, plan.Stage{State: n.want, Leaving: going}, n.heed(desired.State{})).Rules)
+		return err
 	})
 	if err != nil {
 		log.Errorf("leaving: %v", count(err))
@@ -363,7 +374,7 @@ func (n *node) onlyShared() desired.State {
 func (n *node) dropped() {
 	n.do(func() error {
 		if cfg := n.life.InForce; cfg != nil && cfg.restarting && n.on(life.Drops, cfg) {
-			n.giveUp(n.want)
+			n.giveUp(n.exiting, n.want)
 			n.enforce(n.onlyShared())
 			n.readOut()
 		}

@@ -138,7 +138,7 @@ func (n *node) observe() {
 	rules, inPlaceRules := 0, 0
 	for backend, es := range n.want.Rules {
 		rules += len(es)
-		if !n.faulty[backend] {
+		if !n.doubtful[backend] {
 			inPlaceRules += len(es)
 		}
 	}

@@ -156,9 +156,22 @@ func makeLocal(l netlink.Link, a netip.Addr) error {
 	return netlink.RouteReplace(ourRoute(l, a, a.AsSlice()))
 }
 
-// prune takes every address of ours but addrs from the link, and the link away if none
-// is left to carry.
-func (n *netif) prune(addrs []netip.Addr) error {
+// look returns the addresses of ours on the link; none where there is no link, or another in
+// its place.
+func (n *netif) look() ([]netip.Addr, error) {
+	l, err := nodelinks.ByName(n.name)
+	if err != nil || l == nil {
+		return nil, err
+	}
+	if _, err := nodelinks.Kind(l); err != nil {
+		return nil, nil
+	}
+	return n.addrs(l)
+}
+
+// trim takes addrs from the link, and with whole the link away, if nothing is left on it. It
+// is down unless an IPv6 address is.
+func (n *netif) trim(addrs []netip.Addr, whole bool) error {
 	l, err := nodelinks.ByName(n.name)
 	if err != nil || l == nil {
 		return err
@@ -170,40 +183,27 @@ func (n *netif) prune(addrs []netip.Addr) error {
 	if err != nil {
 		return err
 	}
-	if len(addrs) == 0 && len(others) > 0 {
-		log.Warningf("the link %s stays, as it carries %s of somebody else", n.name, join(others))
-	} else if len(addrs) == 0 {
-		if err := netlink.LinkDel(l); err != nil && !errors.Is(err, unix.ENODEV) {
-			return fmt.Errorf("removing the link %s: %w", n.name, err)
-		}
-		return nil
-	}
-	have, err := n.addrs(l)
+	left, err := n.addrs(l)
 	if err != nil {
 		return err
 	}
-	if err := n.remove(l, slices.DeleteFunc(have, func(a netip.Addr) bool { return slices.Contains(addrs, a) })); err != nil {
+	left = slices.DeleteFunc(left, func(a netip.Addr) bool { return slices.Contains(addrs, a) })
+	if whole && len(left) == 0 {
+		if len(others) == 0 {
+			if err := netlink.LinkDel(l); err != nil && !errors.Is(err, unix.ENODEV) {
+				return fmt.Errorf("removing the link %s: %w", n.name, err)
+			}
+			return nil
+		}
+		log.Warningf("the link %s stays, as it carries %s of somebody else", n.name, join(others))
+	}
+	if err := n.remove(l, addrs); err != nil {
 		return err
 	}
-	if l.Attrs().RawFlags&unix.IFF_UP != 0 && len(others) == 0 && !slices.ContainsFunc(addrs, netip.Addr.Is6) {
+	if l.Attrs().RawFlags&unix.IFF_UP != 0 && len(others) == 0 && !slices.ContainsFunc(left, netip.Addr.Is6) {
 		if err := netlink.LinkSetDown(l); err != nil {
 			return fmt.Errorf("setting %s down, as it carries no IPv6 address any more: %w", n.name, err)
 		}
-	}
-	return nil
-}
-
-// removeBare removes a link that carries no address any more.
-func (n *netif) removeBare(l netlink.Link) error {
-	have, err := n.addrs(l)
-	if err != nil || len(have) > 0 {
-		return err
-	}
-	if others, err := nodelinks.Foreign(l); err != nil || len(others) > 0 {
-		return err
-	}
-	if err := netlink.LinkDel(l); err != nil && !errors.Is(err, unix.ENODEV) {
-		return fmt.Errorf("removing the link %s: %w", n.name, err)
 	}
 	return nil
 }

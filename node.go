@@ -4,6 +4,7 @@ import (
 	"context"
 	"maps"
 	"net"
+	"net/netip"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -80,15 +81,13 @@ type node struct {
 	calm     *rate.Limiter // of repairs
 	fighting bool          // that limit was reached
 	leaving  desired.State // of want, what this process is about to give up
-	alone    desired.State // of leaving at an exit, what goes although somebody is silent
-	deadline time.Time     // of an exit's work, or of a start's undoing; zero: none
 	left     leftRules
 	// slowed is until when reports wait that would be looked at too often.
 	slowed map[chan struct{}]time.Time
 
 	life  life.Phase[config]
-	want  desired.State // what was last made to stand
-	added made          // by the last start, beside what was there
+	want  desired.State           // what was last made to stand
+	added map[string][]netip.Addr // by the last start to its links
 	// goal is what the last reduction was to leave; owing says that it has not been
 	// reached, since something failed, and is tried again after pause.
 	goal      desired.State
@@ -100,7 +99,7 @@ type node struct {
 	auto      string          // what the backend auto has come out as
 	exitBegan time.Time       // zero before
 	patience  time.Duration   // what of politeness is left
-	faulty    map[string]bool // backends whose last ensure failed
+	doubtful  map[string]bool // backends whose rules were last applied in vain
 	exits     *net.UnixConn   // where other processes tell of theirs
 	syncTick  *time.Ticker
 	syncEvery time.Duration
@@ -121,7 +120,7 @@ func newNode() *node {
 		calm:      rate.NewLimiter(rate.Every(time.Second), 10),
 		netifs:    map[string]*netif{},
 		firewalls: map[string]firewall{},
-		faulty:    map[string]bool{},
+		doubtful:  map[string]bool{},
 		slowed:    map[chan struct{}]time.Time{},
 		syncTick:  time.NewTicker(defaultSync),
 		doctor:    doctor.New(doctor.Common),

@@ -134,14 +134,14 @@ func TestNothingIsTakenFromWhoDoesNotAnswer(t *testing.T) {
 			closeAll(socks)
 			n.replaced(old)
 			wantCarried(t, testLink, "10.96.0.10", "169.254.20.10")
-			if !fw.heeded.unknown {
+			if !fw.heeded.Unknown {
 				t.Error("the firewall does not know that somebody is silent")
 			}
 			addAddr(t, testLink, "192.0.2.9/32") // the silent one's
 			n.exit()
 			defer removeLink(t, testLink)
 			wantCarried(t, testLink, "10.96.0.10", "192.0.2.9")
-			if got := fw.heeded.alone; list(got) != dnsOf("169.254.20.10") {
+			if got := fw.heeded.Alone; list(got) != dnsOf("169.254.20.10") {
 				t.Errorf("the firewall is told that it has served alone %v", got)
 			}
 			end()

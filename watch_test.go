@@ -45,7 +45,7 @@ func TestReportsAreHeardAgainAfterAnError(t *testing.T) {
 	i := &netif{name: testLink}
 	_, err = i.ensureLink()
 	must(t, err)
-	defer i.prune(nil)
+	defer keepOnly(i, nil)
 	<-c
 }
 

@@ -107,5 +107,21 @@ func (s State) Only(t State) State {
 	return o
 }
 
+// Except returns s less the endpoints of es, and the addresses that they are on.
+func (s State) Except(es map[Endpoint]string) State {
+	on := map[netip.Addr]bool{}
+	for e := range es {
+		on[e.Addr] = true
+	}
+	x := State{Links: map[string][]netip.Addr{}, Rules: map[string][]Endpoint{}}
+	for n, as := range s.Links {
+		x.Links[n] = slices.DeleteFunc(slices.Clone(as), func(a netip.Addr) bool { return on[a] })
+	}
+	for b, rules := range s.Rules {
+		x.Rules[b] = slices.DeleteFunc(slices.Clone(rules), func(e Endpoint) bool { _, is := es[e]; return is })
+	}
+	return x
+}
+
 // Empty tells whether nothing has to be there.
 func (s State) Empty() bool { return len(s.Links) == 0 && len(s.Rules) == 0 }
