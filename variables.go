@@ -15,7 +15,7 @@ import (
 
 // addressed are the plugins that are given addresses, which manifests take from variables. Of an
 // empty one they say that "" is no address.
-var addressed = []string{"bind", "forward", "grpc", "fanout"}
+var addressed = []string{"bind", "forward", "grpc", "fanout", "upstream"}
 
 // explainVariables has the Corefile looked at before bind is.
 func explainVariables() {
