@@ -58,6 +58,30 @@ func (c *nodeCache) leave(link string) {
 	c.exit(syscall.SIGTERM)
 }
 
+// whileAsked has the pod ask the addresses meanwhile, and returns how many queries had no right answer.
+func (n *node) whileAsked(what string, lossless bool, to []netip.Addr, step func()) (bad int) {
+	n.Helper()
+	f, err := lab.Flow{From: n.Pod, To: to, Rate: 1000, Tag: tag(what)}.Start()
+	n.must(err)
+	n.Cleanup(func() { f.Stop() })
+	more := func() {
+		mark := f.Sent()
+		eventually(func() bool { return f.Sent() > mark+300 })
+	}
+	more()
+	step()
+	more()
+	results, err := f.Stop()
+	n.must(err)
+	for a, r := range results {
+		n.Logf("%s: %v: %d sent, %d lost, %d refused", what, a, r.Sent, r.Lost, r.Refused)
+		if bad += r.Bad(); lossless && r.Bad() > 0 {
+			n.Errorf("%s: %v: %v", what, a, r.Errors)
+		}
+	}
+	return bad
+}
+
 // From node-cache to this cache on one node, and back, while pods ask.
 func TestBesideNodeCache(t *testing.T) {
 	for _, b := range []backend{iptablesNFT, nftables} {
@@ -67,42 +91,18 @@ func TestBesideNodeCache(t *testing.T) {
 			both := []netip.Addr{lab.ClusterIP, lab.LinkLocal}
 			corefile := n.block(".:53", "10.96.0.10 169.254.20.10")
 			before := n.snapshot()
-			asking := func(what string, lossless bool, step func()) {
-				n.Helper()
-				f, err := lab.Flow{From: n.Pod, To: both, Rate: 1000, Tag: what}.Start()
-				n.must(err)
-				more := func() {
-					mark := f.Sent()
-					eventually(func() bool { return f.Sent() > mark+300 })
-				}
-				more()
-				step()
-				more()
-				results, err := f.Stop()
-				n.must(err)
-				for a, r := range results {
-					n.Logf("%s: %v: %d sent, %d lost, %d refused", what, a, r.Sent, r.Lost, r.Refused)
-					if lossless && r.Lost+r.Refused+r.Wrong > 0 {
-						n.Errorf("%s: %v: %v", what, a, r.Errors)
-					}
-				}
-				if _, err := f.Stop(); err != nil {
-					n.Error(err)
-				}
-			}
-
 			old := n.nodeCache("nodelocaldns", both...)
 			var p *process
-			asking("the start beside node-cache", true, func() { p = n.serve(corefile) })
+			n.whileAsked("the start beside node-cache", true, both, func() { p = n.serve(corefile) })
 			n.must(p.WaitLog(0, "node-cache's rules"))
-			asking("node-cache is killed", false, func() { old.Kill() })
+			n.whileAsked("node-cache is killed", false, both, func() { old.Kill() })
 			n.answersEverybody(false, both...)
 			n.commands(n.Node, old.rules("-D"))
 
-			asking("back: node-cache starts", false, func() { old = n.nodeCache("nodelocaldns", both...) })
-			asking("node-cache is ended", false, func() { old.leave("nodelocaldns") })
+			n.whileAsked("back: node-cache starts", false, both, func() { old = n.nodeCache("nodelocaldns", both...) })
+			n.whileAsked("node-cache is ended", false, both, func() { old.leave("nodelocaldns") })
 			n.answersEverybody(false, both...)
-			asking("the cache alone", true, func() {})
+			n.whileAsked("the cache alone", true, both, func() {})
 			p.exit(syscall.SIGTERM)
 			n.same("after all have left", before, n.snapshot())
 		})

@@ -33,12 +33,13 @@ func main() {
 		}
 		return
 	}
+	cache := asNodeCache()
 	flag.Parse()
 	if flag.NArg() > 0 || given("version") == "true" || given("plugins") == "true" {
 		coremain.Run() // which ends there
 		return
 	}
-	if err := run(); err != nil {
+	if err := run(cache); err != nil {
 		if !caddy.IsUpgrade() {
 			clog.SetOutput(os.Stderr)
 		}
@@ -51,8 +52,14 @@ func main() {
 
 func given(name string) string { return flag.Lookup(name).Value.String() }
 
-// run is what coremain.Run does, but that a start which fails leaves nothing on the node.
-func run() error {
+// run is what coremain.Run does, but that a start which fails leaves nothing on the node. cache is
+// nil unless CoreDNS is in the place of node-cache.
+func run(cache *nodeCache) error {
+	if cache != nil {
+		if err := cache.prepare(); err != nil {
+			return err
+		}
+	}
 	caddy.TrapSignals()
 	if format := given("log-format"); format != "text" {
 		if err := clog.Configure(format, os.Stdout); err != nil {
@@ -87,6 +94,9 @@ func run() error {
 		} else {
 			fmt.Println(version)
 		}
+	}
+	if cache != nil {
+		cache.run()
 	}
 	instance.Wait()
 	return nil

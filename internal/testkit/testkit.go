@@ -263,3 +263,16 @@ func Link(t testing.TB, name string, on ...string) {
 		Must(t, netlink.AddrAdd(l, a))
 	}
 }
+
+// Sections splits a file of test data: the text below each line `-- NAME --`.
+func Sections(text string) map[string]string {
+	sections, name := map[string]string{}, ""
+	for line := range strings.Lines(text) {
+		if n, ok := strings.CutPrefix(line, "-- "); ok && strings.HasSuffix(n, " --\n") {
+			name = strings.TrimSuffix(n, " --\n")
+			continue
+		}
+		sections[name] += line
+	}
+	return sections
+}
