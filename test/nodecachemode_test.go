@@ -258,6 +258,19 @@ func TestNodeCacheImages(t *testing.T) {
 	}
 }
 
+// What a template for node-cache may name is in the images.
+func TestNodeCachePlugins(t *testing.T) {
+	out, err := exec.Command(binary(t), "-plugins").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range strings.Fields("bind bufsize cache debug dns64 errors forward health hosts loadbalance log loop prometheus pprof reload rewrite template timeouts trace whoami") {
+		if !strings.Contains(string(out), "dns."+name+"\n") {
+			t.Errorf("no plugin %s among\n%s", name, out)
+		}
+	}
+}
+
 // What the flags can't mean is said, by the name of the flag, before anything is done.
 func TestNodeCacheRefuses(t *testing.T) {
 	for _, c := range []struct{ args, says string }{
