@@ -191,8 +191,8 @@ func (f *Flags) rebind(text string, args []string) string {
 
 // insert adds lines at the head of server blocks.
 func insert(text, path string, blocks []caddyfile.ServerBlock, lines func(caddyfile.ServerBlock) string) (string, error) {
-	ps := slices.DeleteFunc(parts(text), part.snippet)
-	if len(ps) != len(blocks) {
+	ps := slices.DeleteFunc(parts(text), part.unserved)
+	if !slices.EqualFunc(ps, blocks, part.is) {
 		return "", fmt.Errorf("%s: %w", path, errors.New("its server blocks can't be told apart; write each of them as KEYS { … }, with the brace at the end of the line"))
 	}
 	var out strings.Builder

@@ -4,8 +4,11 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"unicode"
+
+	"github.com/coredns/caddy/caddyfile"
 )
 
 // A token is a word of a Corefile, and where it stands in the text, its quotes included.
@@ -67,8 +70,16 @@ type part struct {
 	after int     // the offset after the opening brace, or after the keys where there is none
 }
 
-func (p part) snippet() bool {
-	return len(p.keys) == 1 && strings.HasPrefix(p.keys[0].text, "(") && strings.HasSuffix(p.keys[0].text, ")")
+// unserved says whether caddy makes no server block of it: of a snippet, and of what has no keys.
+func (p part) unserved() bool {
+	return len(p.keys) == 0 || len(p.keys) == 1 && strings.HasPrefix(p.keys[0].text, "(") && strings.HasSuffix(p.keys[0].text, ")")
+}
+
+// is says whether a block that caddy has read is this one, as far as its keys show.
+func (p part) is(b caddyfile.ServerBlock) bool {
+	return slices.EqualFunc(p.keys, b.Keys, func(t token, key string) bool {
+		return strings.TrimSuffix(t.text, ",") == key || strings.Contains(t.text, "{") // a variable
+	})
 }
 
 // parts splits a Corefile without imports at the top into its blocks.
