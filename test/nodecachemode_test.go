@@ -40,7 +40,7 @@ func (n *node) contained(image, path, entry string, r row, args ...string) *cont
 		args=
 		while [ "$1" != -- ]; do args="$args $1"; shift; done
 		mount --bind "$root" "$root"
-		mkdir -p "$root/proc" "$root/dev" "$root/run" "$root/tmp"
+		mkdir -p "$root/proc" "$root/dev" "$root/run"
 		mount -t proc proc "$root/proc"
 		mount -t tmpfs tmpfs "$root/dev"
 		mkdir "$root/dev/net"
@@ -226,6 +226,9 @@ func TestNodeCacheArguments(t *testing.T) {
 				t.Errorf("/etc/Corefile is\n%s", text)
 			}
 			c.exit(syscall.SIGTERM)
+			if strings.Contains(c.Log(), "[ERROR]") {
+				t.Errorf("errors were logged:\n%s", c.Log())
+			}
 			if !strings.Contains(r.sections["args"], "-skipteardown=true") && !strings.HasSuffix(r.sections["args"], "-skipteardown\n") {
 				n.same("after the exit", before, n.snapshot())
 			}
