@@ -66,12 +66,15 @@ func (f *Flags) adapt(text, path string, s Settings) (_ string, notes []string, 
 		}
 		return f.directive(b)
 	})
+	if err != nil {
+		return "", nil, err
+	}
 	for _, a := range f.LocalIPs {
 		if !bound[a.String()] {
 			notes = append(notes, fmt.Sprintf("no server block binds %s of -localip, so it is not put on the node", a))
 		}
 	}
-	return text, notes, err
+	return text, notes, nil
 }
 
 func parse(text, path string) ([]caddyfile.ServerBlock, error) {
@@ -147,14 +150,13 @@ func (f *Flags) narrow(text, path string, blocks []caddyfile.ServerBlock) (strin
 			notes = append(notes, fmt.Sprintf("the server block %s listens on all addresses of the node in the template; here it serves those of -localip (%s) and no others", strings.Join(b.Keys, " "), f.locals()))
 		}
 	}
-	text = f.rebind(text, wildcards)
 	text, err := insert(text, path, blocks, func(b caddyfile.ServerBlock) string {
 		if len(binds(b)) == 0 && f.onPort(b) {
 			return "    bind " + f.locals() + "\n"
 		}
 		return ""
 	})
-	return text, notes, err
+	return f.rebind(text, wildcards), notes, err
 }
 
 // onPort says whether a block serves DNS on -dns.port.
@@ -189,11 +191,13 @@ func (f *Flags) rebind(text string, args []string) string {
 	return out.String()
 }
 
+var errApart = errors.New("its server blocks can't be told apart; write each of them as KEYS { … }, with the brace at the end of the line")
+
 // insert adds lines at the head of server blocks.
 func insert(text, path string, blocks []caddyfile.ServerBlock, lines func(caddyfile.ServerBlock) string) (string, error) {
 	ps := slices.DeleteFunc(parts(text), part.unserved)
 	if !slices.EqualFunc(ps, blocks, part.is) {
-		return "", fmt.Errorf("%s: %w", path, errors.New("its server blocks can't be told apart; write each of them as KEYS { … }, with the brace at the end of the line"))
+		return "", fmt.Errorf("%s: %w", path, errApart)
 	}
 	var out strings.Builder
 	done := 0
@@ -207,7 +211,21 @@ func insert(text, path string, blocks []caddyfile.ServerBlock, lines func(caddyf
 		}
 	}
 	out.WriteString(text[done:])
+	// What is odd enough to be read otherwise now is no Corefile that CoreDNS would take.
+	if after, err := parse(out.String(), path); err != nil || !slices.EqualFunc(blocks, after, sameBefore) {
+		return "", fmt.Errorf("%s: %w", path, errApart)
+	}
 	return out.String(), nil
+}
+
+// sameBefore says whether a block has all that it had before lines were added to it.
+func sameBefore(before, after caddyfile.ServerBlock) bool {
+	for directive, tokens := range before.Tokens {
+		if !slices.EqualFunc(tokens, after.Tokens[directive], func(a, b caddyfile.Token) bool { return a.Text == b.Text }) {
+			return false
+		}
+	}
+	return slices.Equal(before.Keys, after.Keys)
 }
 
 // directive is nodecache with what the flags ask for.

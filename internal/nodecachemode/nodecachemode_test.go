@@ -201,7 +201,7 @@ func FuzzAdapt(f *testing.F) {
 		_, corefile, _ := strings.Cut(string(text), "-- Corefile --\n")
 		f.Add(corefile)
 	}
-	for _, text := range []string{"{", "}", "a,\nb {\n}\n", "\"a b\" {\nbind \"169.254.20.10\" # x\n}\n", "a#b c {\nbind 169.254.20.10\n}\n", ".\nbind 169.254.20.10", "a{\nbind 169.254.20.10\n}\n", "() {\n}\n", "{ } 0\nbind 169.254.20.10\n} 0"} {
+	for _, text := range []string{"{", "}", "a,\nb {\n}\n", "\"a b\" {\nbind \"169.254.20.10\" # x\n}\n", "a#b c {\nbind 169.254.20.10\n}\n", ".\nbind 169.254.20.10", "a{\nbind 169.254.20.10\n}\n", "() {\n}\n", "{ } 0\nbind 169.254.20.10\n} 0", "0 { {\nbind 169.254.20.10\n} "} {
 		f.Add(text)
 	}
 	s, err := source("-localip", "169.254.20.10,fd00:20::10")
