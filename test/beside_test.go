@@ -6,6 +6,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/contentful-labs/coredns-nodecache/test/lab"
 )
@@ -61,7 +62,11 @@ func (c *nodeCache) leave(link string) {
 // whileAsked has the pod ask the addresses meanwhile, and returns how many queries had no right answer.
 func (n *node) whileAsked(what string, lossless bool, to []netip.Addr, step func()) (bad int) {
 	n.Helper()
-	f, err := lab.Flow{From: n.Pod, To: to, Rate: 1000, Tag: tag(what)}.Start()
+	flow := lab.Flow{From: n.Pod, To: to, Rate: 1000, Tag: tag(what)}
+	if !lossless {
+		flow.Timeout = time.Second // its end waits for what is lost
+	}
+	f, err := flow.Start()
 	n.must(err)
 	n.Cleanup(func() { f.Stop() })
 	more := func() {
