@@ -238,8 +238,7 @@ func TestNodeCacheArguments(t *testing.T) {
 
 // Both images take the place, by the entry point that they have and as the program that node-cache's image has.
 func TestNodeCacheImages(t *testing.T) {
-	all := rows(t)
-	r := all[slices.IndexFunc(all, func(r row) bool { return r.name == "kubernetes" })]
+	r := rowNamed(t, "kubernetes")
 	for _, c := range []struct{ target, entry, says string }{
 		{"iptables", "/node-cache", "iptables is legacy"},
 		{"nftables", "/node-cache", "out of connection tracking by nftables"},
