@@ -96,6 +96,9 @@ func (n *node) contain(p *pod, root, path, entry string, lock bool) {
 	p.options.Via = append(append(via, p.options.Env...), "--")
 	p.options.Env = nil
 	p.corefile = strings.ReplaceAll(p.corefile, filepath.Join(n.Dir, "resolv.conf"), "/etc/resolv.conf")
+	for name, text := range p.options.Files {
+		p.options.Files[name] = strings.ReplaceAll(text, filepath.Join(n.Dir, "resolv.conf"), "/etc/resolv.conf")
+	}
 }
 
 // MakeDir makes a directory that goes with the node.
