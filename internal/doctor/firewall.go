@@ -103,12 +103,7 @@ func firewallDrops(s Site) (found []string) {
 			}
 		}
 		for _, e := range s.Untracked {
-			query := ruleset.Packet{Proto: unix.IPPROTO_UDP, Dst: e.Addr, DstPort: e.Port, State: ruleset.StateUntracked}
-			if e.Proto == "tcp" {
-				query.Proto = unix.IPPROTO_TCP
-			}
-			answer := query
-			answer.Src, answer.SrcPort, answer.Dst, answer.DstPort = e.Addr, e.Port, netip.Addr{}, 0
+			query, answer, _ := ruleset.PacketsOf(e.Proto, netip.AddrPortFrom(e.Addr, e.Port))
 			note("query", e, r.Through(query, unix.NF_INET_PRE_ROUTING, "filter"))
 			note("query", e, r.Through(query, unix.NF_INET_LOCAL_IN, "filter"))
 			note("answer", e, r.Through(answer, unix.NF_INET_LOCAL_OUT, "filter", "route"))

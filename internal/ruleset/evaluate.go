@@ -85,6 +85,7 @@ type run struct {
 	depth int
 	match maybe
 	out   Outcome // so far
+	way   *way    // of a walk; else nil
 }
 
 // rule goes through a rule. next tells whether the packet may come to the one after it.
@@ -103,17 +104,27 @@ func (x *run) rule(r Rule) (next bool) {
 
 // drops and accepts end the rule with a verdict.
 func (x *run) drops() bool {
+	if x.way != nil {
+		return false
+	}
 	x.out.may(Outcome{Drop: true, Places: []Place{x.place}})
 	return false
 }
 
 func (x *run) accepts() bool {
+	if x.way != nil {
+		x.way.ends(x.place)
+		return false
+	}
 	x.out.Accept = true
 	return false
 }
 
 // translates ends the rule with another destination.
 func (x *run) translates(to ...netip.Addr) bool {
+	if x.way != nil {
+		return x.accepts()
+	}
 	x.out.may(Outcome{Translated: true, Targets: to})
 	return false
 }
@@ -122,13 +133,17 @@ func (x *run) translates(to ...netip.Addr) bool {
 func (x *run) expr(e any) (goesOn bool) {
 	and := func(m maybe) { x.match = min(x.match, m) }
 	switch e := e.(type) {
-	case *expr.Counter, *expr.Log, *expr.Notrack, *expr.FlowOffload:
-	case *expr.Meta:
-		if !e.SourceRegister {
-			x.load(e.Register, x.packet.meta(e.Key))
+	case *expr.Counter, *expr.Log, *expr.FlowOffload:
+	case *expr.Notrack:
+		if x.way != nil {
+			x.way.decide(untracked, x.place, false)
 		}
+	case *expr.Meta:
+		x.meta(e)
 	case *expr.Ct:
 		switch {
+		case e.SourceRegister && e.Key == expr.CtKeyZONE && x.way != nil:
+			x.way.decide(tracked, x.place, true)
 		case e.SourceRegister:
 		case e.Key == expr.CtKeySTATE && x.packet.State != 0:
 			x.load(e.Register, value{data: binary.NativeEndian.AppendUint32(nil, x.packet.State), known: all(4)})
@@ -176,6 +191,9 @@ func (x *run) expr(e any) (goesOn bool) {
 		if _, ok := x.ruleset.chain(x.chain, e.Name); ok && x.chain.Legacy {
 			return x.verdict(Verdict{int32(expr.VerdictJump), e.Name})
 		}
+		if x.way != nil && x.way.target(x, e) {
+			return true
+		}
 		return x.xtTarget(e.Name, e.Info)
 	case *expr.Limit, *expr.Quota, *expr.Connlimit, *expr.Dynset:
 		and(perhaps)
@@ -191,18 +209,45 @@ func (x *run) expr(e any) (goesOn bool) {
 		case "last":
 			return true
 		default:
-			x.out.may(anything)
+			x.unknown()
 		}
 		and(perhaps)
 	default:
 		x.registers = registers{}
-		x.out.may(anything)
+		x.unknown()
 		and(perhaps)
 	}
 	return true
 }
 
+// unknown is what nobody can tell the outcome of: the packet may end there, or go on.
+func (x *run) unknown() {
+	if x.way != nil {
+		x.way.ends(x.place)
+		return
+	}
+	x.out.may(anything)
+}
+
+// meta loads a register, or stores one.
+func (x *run) meta(e *expr.Meta) {
+	mark := e.Key == expr.MetaKeyMARK && x.way != nil
+	switch {
+	case e.SourceRegister && mark:
+		x.way.setMark(x.value(e.Register, 4))
+	case e.SourceRegister:
+	case mark:
+		x.load(e.Register, x.way.course.value())
+	default:
+		x.load(e.Register, x.packet.meta(e.Key))
+	}
+}
+
 func (x *run) verdict(v Verdict) (goesOn bool) {
+	if x.way != nil {
+		x.way.verdict(x, v)
+		return false
+	}
 	switch expr.VerdictKind(v.Kind) {
 	case expr.VerdictAccept, expr.VerdictStop:
 		return x.accepts()
@@ -263,7 +308,7 @@ func (x *run) lookup(e *expr.Lookup) (goesOn bool) {
 	set, ok := x.ruleset.set(x.chain, e.SetName)
 	if !ok {
 		x.registers = registers{}
-		x.out.may(anything)
+		x.unknown()
 		x.match = min(x.match, perhaps)
 		return true
 	}
@@ -278,7 +323,7 @@ func (x *run) lookup(e *expr.Lookup) (goesOn bool) {
 		var open bool
 		for _, el := range found {
 			if el.Verdict == nil {
-				x.out.may(anything)
+				x.unknown()
 				open = true
 			} else if x.verdict(*el.Verdict) {
 				open = true

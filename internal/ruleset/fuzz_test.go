@@ -55,7 +55,7 @@ func (r *reader) expression() any {
 		return &expr.Objref{Type: int(r.byte() % 12)}
 	case 11:
 		u := xt.Unknown(r.bytes())
-		return &expr.Match{Name: []string{"multiport", "state", "comment", "set"}[r.byte()%4], Info: &u}
+		return &expr.Match{Name: []string{"multiport", "state", "comment", "set", "mark"}[r.byte()%5], Info: &u}
 	case 12:
 		info, err := xt.Unmarshal([]string{"udp", "tcp", "conntrack", "addrtype"}[r.byte()%4], unix.NFPROTO_IPV6, uint32(r.byte()%4), r.data)
 		if err != nil {
@@ -63,7 +63,8 @@ func (r *reader) expression() any {
 		}
 		return &expr.Match{Info: info}
 	case 13:
-		return &expr.Target{Name: []string{"DNAT", "REJECT", "LOG", "OTHER"}[r.byte()%4]}
+		u := xt.Unknown(r.bytes())
+		return &expr.Target{Name: []string{"DNAT", "REJECT", "LOG", "OTHER", "CT", "MARK", "CONNMARK"}[r.byte()%7], Info: &u}
 	case 14:
 		return Opaque([]string{"socket", "byteorder", "other"}[r.byte()%3])
 	case 15:
@@ -86,7 +87,7 @@ func FuzzEvaluate(f *testing.F) {
 		in := reader{data}
 		r := newRuleset()
 		for i := range 5 {
-			c := Chain{Family: unix.NFPROTO_INET, Table: "t", Name: fmt.Sprint(i), Base: i < 2, Type: "filter", Hook: unix.NF_INET_LOCAL_IN, Drops: i == 1}
+			c := Chain{Family: unix.NFPROTO_INET, Table: "t", Name: fmt.Sprint(i), Base: i < 2, Type: "filter", Hook: unix.NF_INET_LOCAL_IN, Drops: i == 1, Priority: -300}
 			r.Chains = append(r.Chains, c)
 			var rules []Rule
 			for range in.byte() % 6 {
@@ -123,6 +124,13 @@ func FuzzEvaluate(f *testing.F) {
 				}
 			}
 		}
+		for _, p := range []Packet{query(own4), answer(own6)} {
+			for _, by := range r.Tracking(p, unix.NF_INET_LOCAL_IN, func(c Chain) bool { return c.Name == "2" }).By {
+				if by.Rule < 1 || by.Rule > len(r.rules[by.Chain.key(by.Chain.Name)]) {
+					t.Errorf("%v is tracked by %v, which is no rule", p, by)
+				}
+			}
+		}
 		if r.work > maxWork+10 {
 			t.Errorf("%d rules were looked at", r.work)
 		}
@@ -132,11 +140,13 @@ func FuzzEvaluate(f *testing.F) {
 // The same with whatever iptables-save prints.
 func FuzzLegacy(f *testing.F) {
 	f.Add(kubeProxy)
+	f.Add(fmt.Sprintf(rawTable, fmt.Sprintf(calico, calicoPolicy)))
 	f.Add("*filter\n:INPUT DROP [0:0]\n:A - [0:0]\n-A INPUT ! -s 10.0.0.0/8 -p udp -m multiport --dports 1,2:3 -m comment --comment \"a \\\" b\" -g A\n-A A -i eth+ --ctstate NEW -j INPUT\nCOMMIT\n")
 	f.Fuzz(func(t *testing.T, text string) {
 		r := newRuleset()
 		r.addText(unix.NFPROTO_IPV4, text)
 		for _, hook := range []uint32{unix.NF_INET_PRE_ROUTING, unix.NF_INET_LOCAL_IN} {
+			r.Tracking(query(own4), hook, func(Chain) bool { return false })
 			for _, res := range r.Through(query(own4), hook, "filter", "nat") {
 				if !res.Accept && !res.Drop && !res.Translated {
 					t.Errorf("nothing becomes of a query in chain %s of\n%s", res.Chain.Name, text)

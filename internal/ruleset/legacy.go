@@ -149,9 +149,17 @@ func parse(words []string) (r Rule) {
 			if !wild {
 				data = append(data, 0)
 			}
-			add(&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: 1}, &expr.Cmp{Op: op, Register: 1, Data: data})
+			key := map[string]expr.MetaKey{"-i": expr.MetaKeyIIFNAME, "-o": expr.MetaKeyOIFNAME}[word]
+			add(&expr.Meta{Key: key, Register: 1}, &expr.Cmp{Op: op, Register: 1, Data: data})
 		case "--dport", "--sport", "--dports", "--sports", "--ports":
 			add(ports(word, arg, not))
+		case "--mark":
+			if info, ok := pair(arg); ok {
+				u := xt.Unknown(append(info, map[bool]byte{true: 1}[not]))
+				add(&expr.Match{Name: "mark", Info: &u})
+			} else {
+				known = false
+			}
 		case "--ctstate", "--state":
 			ct := &xt.ConntrackMtinfo3{}
 			ct.MatchFlags = uint16(xt.ConntrackState)
@@ -276,5 +284,27 @@ func target(name string, isGoto bool, words []string) any {
 	if isGoto {
 		return &expr.Verdict{Kind: expr.VerdictGoto, Chain: name}
 	}
-	return &expr.Target{Name: name}
+	t := &expr.Target{Name: name}
+	info := func(b []byte) { u := xt.Unknown(b); t.Info = &u }
+	switch {
+	case name == "CT" && slices.Contains(words, "--notrack"):
+		info(binary.NativeEndian.AppendUint16(nil, ctNotrack))
+	case name == "MARK" && len(words) == 2 && words[0] == "--set-xmark":
+		if b, ok := pair(words[1]); ok {
+			info(b)
+		}
+	}
+	return t
+}
+
+// pair reads a mark and its mask, such as 0x10000/0xf0000.
+func pair(s string) (b []byte, ok bool) {
+	value, mask, masked := strings.Cut(s, "/")
+	v, err := strconv.ParseUint(value, 0, 32)
+	m, errMask := uint64(0xffffffff), error(nil)
+	if masked {
+		m, errMask = strconv.ParseUint(mask, 0, 32)
+	}
+	b = binary.NativeEndian.AppendUint32(nil, uint32(v))
+	return binary.NativeEndian.AppendUint32(b, uint32(m)), err == nil && errMask == nil
 }

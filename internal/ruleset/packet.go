@@ -9,6 +9,21 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// PacketsOf returns the packets of a client on another host with a server on this one: a
+// query, and an answer, which nobody tracks; and a query of the node's own. proto is udp or
+// tcp.
+func PacketsOf(proto string, server netip.AddrPort) (query, answer, own Packet) {
+	number := byte(unix.IPPROTO_UDP)
+	if proto == "tcp" {
+		number = unix.IPPROTO_TCP
+	}
+	query = Packet{Proto: number, Dst: server.Addr(), DstPort: server.Port(), State: StateUntracked}
+	answer = Packet{Proto: number, Src: server.Addr(), SrcPort: server.Port(), State: StateUntracked}
+	own = query
+	own.Src, own.Loopback = server.Addr(), true
+	return query, answer, own
+}
+
 // registers are those of nf_tables: 64 bytes, named in steps of 16 and of 4.
 type registers struct {
 	data, known [64]byte
@@ -222,6 +237,15 @@ func (p Packet) meta(key expr.MetaKey) value {
 			return known(binary.BigEndian.AppendUint16(nil, unix.ETH_P_IP)...)
 		}
 		return known(binary.BigEndian.AppendUint16(nil, unix.ETH_P_IPV6)...)
+	case expr.MetaKeyOIFNAME, expr.MetaKeyOIF:
+		if p.Loopback {
+			if key == expr.MetaKeyOIF {
+				return known(binary.NativeEndian.AppendUint32(nil, loopback)...)
+			}
+			return known(append([]byte("lo"), make([]byte, unix.IFNAMSIZ-2)...)...)
+		}
+	}
+	switch key {
 	case expr.MetaKeyIIFNAME, expr.MetaKeyOIFNAME:
 		return unknown(unix.IFNAMSIZ, linkName)
 	case expr.MetaKeyIIF, expr.MetaKeyOIF:

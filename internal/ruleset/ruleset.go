@@ -135,6 +135,7 @@ type Packet struct {
 	Src, Dst         netip.Addr
 	SrcPort, DstPort uint16
 	State            uint32 // StateUntracked, StateNew or 0, which can be any
+	Loopback         bool   // it leaves by lo; else by another link
 }
 
 // The states of connection tracking, as a rule sees them.
@@ -221,14 +222,7 @@ type Result struct {
 // Through returns what becomes of a packet in each base chain of a hook that has one of the
 // types, in their order.
 func (r *Ruleset) Through(p Packet, hook uint32, types ...string) (results []Result) {
-	var bases []Chain
-	for _, c := range r.Chains {
-		if c.Base && c.Hook == hook && slices.Contains(types, c.Type) && (c.Family == unix.NFPROTO_INET || c.Family == p.family()) {
-			bases = append(bases, c)
-		}
-	}
-	slices.SortStableFunc(bases, func(a, b Chain) int { return cmp.Compare(a.Priority, b.Priority) })
-	for _, c := range bases {
+	for _, c := range r.bases(p, hook, types...) {
 		e := evaluation{ruleset: r, packet: p, known: map[tableKey]Outcome{}}
 		if c.Hook == unix.NF_INET_PRE_ROUTING && c.Priority <= priorityRaw {
 			e.packet.State = 0 // nobody has decided yet
@@ -244,6 +238,19 @@ func (r *Ruleset) Through(p Packet, hook uint32, types ...string) (results []Res
 	}
 	return results
 }
+
+// bases returns the base chains that Through goes through.
+func (r *Ruleset) bases(p Packet, hook uint32, types ...string) (bases []Chain) {
+	for _, c := range r.Chains {
+		if c.Base && c.Hook == hook && slices.Contains(types, c.Type) && (c.Family == unix.NFPROTO_INET || c.Family == p.family()) {
+			bases = append(bases, c)
+		}
+	}
+	slices.SortStableFunc(bases, byPriority)
+	return bases
+}
+
+func byPriority(a, b Chain) int { return cmp.Compare(a.Priority, b.Priority) }
 
 // chain returns the chain of that name in c's table.
 func (r *Ruleset) chain(c Chain, name string) (Chain, bool) {

@@ -42,6 +42,8 @@ func (x *run) xtMatch(name string, info any) maybe {
 		switch {
 		case name == "comment":
 			return yes
+		case name == "mark" && x.way != nil:
+			return x.way.course.marked(*i)
 		case name == "multiport":
 			return x.packet.multiport(*i)
 		case name == "state" && len(*i) >= 4 && x.packet.State != 0:
@@ -140,7 +142,7 @@ func (x *run) xtTarget(name string, info any) (goesOn bool) {
 		"DSCP", "TOS", "TTL", "HL", "ECN", "TCPMSS", "TCPOPTSTRIP", "CHECKSUM", "CLASSIFY", "IDLETIMER", "LED", "RATEEST", "HMARK", "TEE":
 		return true
 	}
-	x.out.may(anything)
+	x.unknown()
 	return true
 }
 
