@@ -26,6 +26,10 @@ func (n *node) site(cfg *config) doctor.Site {
 	for _, es := range n.want.Rules {
 		s.Untracked = append(s.Untracked, slices.DeleteFunc(slices.Clone(es), func(e desired.Endpoint) bool { return e.Extra })...)
 	}
+	if t, ok := n.firewalls[backendIPT].(*iptables); ok {
+		s.Ordered, s.Displaced = t.orders(), t.displaced()
+	}
+	s.NotInForce = func(k int) { n.notInForce.Store(int64(k)) }
 	return s
 }
 
@@ -54,6 +58,13 @@ func (n *node) othersServe() (map[desired.Endpoint]bool, bool) {
 func (n *node) examineFirst(cfg *config) {
 	n.examineTick.Reset(examineEvery)
 	go n.doctor.Examine(n.site(cfg), false)
+}
+
+// recheck has that looked at which others may change at any time.
+func (n *node) recheck() {
+	if cfg := n.life.InForce; cfg != nil && !n.exited() {
+		go n.doctor.Recheck(n.site(cfg), doctor.ForeignRuleFirst)
+	}
 }
 
 // examineAgain has it examined from time to time.

@@ -36,7 +36,7 @@ type xtables struct {
 	touched bool   // it has tried to, and may have written one of the tables
 	// length is how many rules each of our chains had after the last look or change.
 	length map[hook]int
-	first  []string // rules of raw's PREROUTING at the last look, everybody's
+	order  map[hook]*order // of each of our jumps: see before
 	// noRecent is set while the kernel does not take the match recent, or its list can't be
 	// written (noList): then only the address guards the rules for the node's own queries.
 	noRecent, noList bool
@@ -135,7 +135,6 @@ func (x *xtables) apply(ctx context.Context, own []desired.Endpoint, o standing)
 	if err != nil {
 		return 0, err
 	}
-	x.first = have["raw"].chains["PREROUTING"]
 	p := x.rewrite(have, own, o)
 	if x.noRecent && !x.noList && len(own) > 0 {
 		// What the kernel lacked it may have by now, or it had no memory then.
@@ -184,6 +183,10 @@ func (x *xtables) write(ctx context.Context, p rewrite, own bool) error {
 	x.length = map[hook]int{}
 	for _, c := range p.chains {
 		x.length[c.hook] = len(c.lines)
+		x.before(c.hook).at = c.at
+		if c.moves {
+			x.before(c.hook).move(c.hook)
+		}
 	}
 	return nil
 }

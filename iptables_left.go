@@ -158,7 +158,7 @@ func removeOver(conn *nftables.Conn, f family) error {
 			return fmt.Errorf("looking for what jumps to the chain %s of the table %s: %w", h.chain, h.table, err)
 		}
 		for _, r := range from {
-			if jumpsTo([]*nftables.Rule{r}, h.chain) {
+			if jumpTo([]*nftables.Rule{r}, h.chain) == 0 {
 				jumps = append(jumps, r)
 			}
 		}

@@ -38,7 +38,7 @@ func unreadable(t testing.TB, nft, table, chain string) (readable func()) {
 		rules, err := c.GetRules(nftTable(ipv4, table), &nftables.Chain{Name: chain})
 		must(t, err)
 		for _, r := range rules {
-			if !jumpsTo([]*nftables.Rule{r}, "NODECACHE-"+chain) {
+			if jumpTo([]*nftables.Rule{r}, "NODECACHE-"+chain) < 0 {
 				must(t, c.DelRule(r))
 			}
 		}

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 
 	"github.com/contentful-labs/coredns-nodecache/internal/desired"
@@ -27,12 +28,13 @@ func (h hook) jump() string {
 // table is what iptables-save says of one table.
 type table struct {
 	chains map[string][]string // rules by chain; built-in chains too
+	text   string
 }
 
 // readTable reads what iptables-save -t name has printed. What does not print the table
 // in full is an error: to take it for an empty one would add a jump at each look.
 func readTable(name, text string) (*table, error) {
-	t := &table{chains: map[string][]string{}}
+	t := &table{chains: map[string][]string{}, text: text}
 	inside, complete := false, false
 	for line := range strings.Lines(text) {
 		line = strings.TrimRight(line, "\n")
@@ -151,6 +153,8 @@ type planned struct {
 	remove bool
 	insert bool     // the jump
 	drop   []string // jumps too many
+	moves  bool     // the jump is dropped and inserted, as something stands before it
+	at     int      // how many rules stand before it afterwards
 }
 
 func (c planned) changes() bool { return c.write || c.remove || c.insert || len(c.drop) > 0 }
@@ -211,6 +215,13 @@ func (x *xtables) rewrite(have map[string]*table, own []desired.Endpoint, o stan
 			p.missing++
 		}
 		c.drop = jumps[min(1, len(jumps)):]
+		if len(mine) > 0 && len(jumps) > 0 && x.before(h).look(have[h.table].obstacles(x.family, h, own)) {
+			c.insert, c.drop, c.moves = true, jumps, true
+			p.missing++
+		}
+		if !c.insert && len(jumps) > 0 {
+			c.at = slices.Index(have[h.table].chains[h.builtin], jumps[0])
+		}
 		stays = stays || len(c.lines) > 0
 		p.chains = append(p.chains, c)
 	}

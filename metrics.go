@@ -54,7 +54,7 @@ var (
 		Namespace: plugin.Namespace,
 		Subsystem: directiveName,
 		Name:      "objects_in_place",
-		Help:      "Gauge of how many of the wanted objects stood after the last check.",
+		Help:      "Gauge of how many of the wanted objects stood after the last check, rules in force.",
 	}, []string{"object"})
 	processes = promauto.NewGaugeVec(prometheus.GaugeOpts{
 		Namespace: plugin.Namespace,
@@ -142,6 +142,7 @@ func (n *node) observe() {
 			inPlaceRules += len(es)
 		}
 	}
+	inPlaceRules = max(0, inPlaceRules-int(n.notInForce.Load()))
 	for object, v := range map[string][2]int{
 		objectLink: {links, inPlaceLinks}, objectAddress: {addrs, inPlaceAddrs}, objectRule: {rules, inPlaceRules},
 	} {

@@ -52,6 +52,11 @@ var (
 	rolesOfNFT = []struct{ role, chain string }{{roleQueries, "prerouting"}, {roleAnswers, "output"}, {roleClients, "output"}}
 )
 
+// priorityOfNFT is before that of iptables' table raw (-300), whose chains could have a packet
+// tracked before ours are asked, and after the defragmentation (-400), without which there are
+// fragments without ports.
+const priorityOfNFT = -350
+
 func newNFT() *nft { return &nft{} }
 
 func (t *nft) String() string { return "nftables" }
@@ -152,7 +157,7 @@ func (t *nft) create() (err error) {
 	t.sets, t.has = map[setOf]*nftables.Set{}, map[setOf]map[desired.Endpoint]bool{}
 	chains := map[string]*nftables.Chain{}
 	for name, hook := range hooksOfNFT {
-		chains[name] = t.conn.AddChain(&nftables.Chain{Name: name, Table: t.table, Type: nftables.ChainTypeFilter, Hooknum: hook, Priority: nftables.ChainPriorityRaw})
+		chains[name] = t.conn.AddChain(&nftables.Chain{Name: name, Table: t.table, Type: nftables.ChainTypeFilter, Hooknum: hook, Priority: nftables.ChainPriorityRef(priorityOfNFT)})
 	}
 	for _, f := range []family{ipv4, ipv6} {
 		for _, r := range rolesOfNFT {

@@ -104,6 +104,8 @@ type node struct {
 	syncTick  *time.Ticker
 	syncEvery time.Duration
 	doctor    *doctor.Doctor
+	// notInForce is how many endpoints have rules that stand and are not in force.
+	notInForce atomic.Int64
 	// examineTick has the node looked at for faults.
 	examineTick *time.Ticker
 }
@@ -155,6 +157,7 @@ func (n *node) run() {
 			f()
 		case <-n.syncTick.C:
 			n.repair(false, "the check every "+n.syncEvery.String())
+			n.recheck()
 		case <-n.examineTick.C:
 			n.examineAgain()
 		case <-n.retry:

@@ -3,6 +3,7 @@ package nodecache
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -96,7 +97,7 @@ func (t *iptables) inNFTables() bool {
 }
 
 // stands tells, without running a program, whether the chains and jumps of
-// iptables-nft are as long as they were written. It does not know of the legacy
+// iptables-nft are as long as they were written, and the jumps where they were. It does not know of the legacy
 // variant, whose changes nobody reports. Where nf_tables can't be asked, the next sync
 // looks.
 func (t *iptables) stands() (yes bool) {
@@ -117,7 +118,7 @@ func (t *iptables) stands() (yes bool) {
 				return false
 			}
 			from, err := nfLook.GetRules(table, &nftables.Chain{Name: h.builtin})
-			if errors.Is(err, unix.ENOENT) || err == nil && !jumpsTo(from, h.chain) {
+			if errors.Is(err, unix.ENOENT) || err == nil && jumpTo(from, h.chain) != x.before(h).at {
 				return false
 			}
 		}
@@ -125,13 +126,12 @@ func (t *iptables) stands() (yes bool) {
 	return true
 }
 
-func jumpsTo(rules []*nftables.Rule, chain string) bool {
-	for _, r := range rules {
-		for _, e := range r.Exprs {
-			if v, ok := e.(*expr.Verdict); ok && v.Kind == expr.VerdictJump && v.Chain == chain {
-				return true
-			}
-		}
-	}
-	return false
+// jumpTo returns which of the rules is the first that jumps to a chain; -1 is none.
+func jumpTo(rules []*nftables.Rule, chain string) int {
+	return slices.IndexFunc(rules, func(r *nftables.Rule) bool {
+		return slices.ContainsFunc(r.Exprs, func(e expr.Any) bool {
+			v, ok := e.(*expr.Verdict)
+			return ok && v.Kind == expr.VerdictJump && v.Chain == chain
+		})
+	})
 }

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"maps"
 	"net/netip"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -18,6 +19,7 @@ import (
 
 	"github.com/contentful-labs/coredns-nodecache/internal/desired"
 	"github.com/contentful-labs/coredns-nodecache/internal/outlive"
+	"github.com/contentful-labs/coredns-nodecache/internal/ruleset"
 )
 
 var log = clog.NewWithPlugin("nodecache")
@@ -35,6 +37,7 @@ var Common = []Fault{
 	{"rules_of_node_cache", rulesOfNodeCache},
 	{"shared_port", sharedPort},
 	{"address_elsewhere", addressElsewhere},
+	{ForeignRuleFirst, foreignRuleFirst},
 	{"firewall_drops", firewallDrops},
 	{"conntrack_full", conntrackFull},
 	{"bridge_netfilter_off", bridgeNetfilterOff},
@@ -64,6 +67,14 @@ type Site struct {
 	// Others asks the other caches on the node what they serve. It returns false where
 	// one of them has not said, or is on its way in or out.
 	Others func() (serves map[desired.Endpoint]bool, known bool)
+	// Ordered tells of a chain that a firewall backend keeps its rules first there. Displaced
+	// are those of Untracked for which it has given that up, with what it says of the rule
+	// before its own. Where there is no such backend both are nil.
+	Ordered   func(ruleset.Chain) bool
+	Displaced map[desired.Endpoint]string
+	// NotInForce, where it is not nil, is told how many of Untracked have rules that stand
+	// and are not in force.
+	NotInForce func(int)
 	// Upstreams are whom the configuration asks.
 	Upstreams []Upstream
 
@@ -94,7 +105,7 @@ func New(faults []Fault) *Doctor {
 	for _, f := range faults {
 		nodeFaults.WithLabelValues(f.Name) // present from the start
 	}
-	return &Doctor{faults: faults, patience: 30 * time.Second, busy: map[string]bool{}}
+	return &Doctor{faults: faults, patience: 30 * time.Second, busy: map[string]bool{}, found: map[string]int{}}
 }
 
 // Examine looks for faults and tells of each; again says that it has done so before for
@@ -102,9 +113,28 @@ func New(faults []Fault) *Doctor {
 func (d *Doctor) Examine(s Site, again bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	d.examine(s, again, func(Fault) bool { return true })
+}
+
+// Recheck looks, between two examinations, for the faults of these names only. Where an
+// examination is under way it leaves it at that.
+func (d *Doctor) Recheck(s Site, names ...string) {
+	if !d.mu.TryLock() {
+		return
+	}
+	defer d.mu.Unlock()
+	d.examine(s, true, func(f Fault) bool { return slices.Contains(names, f.Name) })
+}
+
+// examine looks for some faults. d.mu is held.
+func (d *Doctor) examine(s Site, again bool, wanted func(Fault) bool) {
 	s.askOnce = sync.OnceValue(s.askAll)
-	total, found := 0, map[string]int{}
+	total, found := 0, maps.Clone(d.found)
 	for _, f := range d.faults {
+		if !wanted(f) {
+			total += found[f.Name]
+			continue
+		}
 		texts := d.look(f, s)
 		if !again || len(texts) > d.found[f.Name] {
 			for _, text := range texts {
