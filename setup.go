@@ -15,6 +15,8 @@ import (
 	"github.com/contentful-labs/coredns-nodecache/internal/fastpath"
 	"github.com/contentful-labs/coredns-nodecache/internal/loops"
 	"github.com/contentful-labs/coredns-nodecache/internal/otherports"
+	"github.com/contentful-labs/coredns-nodecache/internal/reloads"
+	"github.com/contentful-labs/coredns-nodecache/internal/serverblocks"
 )
 
 func init() {
@@ -77,11 +79,13 @@ func setup(c *caddy.Controller) error {
 			return plugin.Error(directiveName, err)
 		}
 		ctx := c.Context()
+		tracked := reloads.Track(c, serverblocks.Instance(), theNode.exiting.Done())
 		c.OnStartup(func() error { theNode.tcp.Start(); return nil })
 		c.OnStartup(func() error { return wrap(cfg.attachFast(ctx)) })
 		c.OnStartup(func() error { return wrap(late.Start(cfg.untracked())) })
 		c.OnStartup(func() error { return wrap(theNode.start(cfg)) })
 		c.OnStartup(late.Watch)
+		c.OnStartup(tracked.Started)
 		c.OnRestart(late.Yield)
 		c.OnRestart(func() error { theNode.restarting(cfg, true); return nil })
 		c.OnRestartFailed(func() error { theNode.restarting(cfg, false); theNode.revert(cfg); return nil })

@@ -10,10 +10,16 @@ import (
 	"github.com/miekg/dns"
 )
 
-// metrics returns what a process exports at the address on the node, by series.
+// metrics returns what a process exports at the address on the node, by series. In a reload
+// the plugin prometheus does not listen for a moment.
 func (n *node) metrics(at string) map[string]float64 {
 	n.Helper()
-	body, err := get(n.Node, "http://"+at+"/metrics")
+	var body string
+	var err error
+	eventually(func() bool {
+		body, err = get(n.Node, "http://"+at+"/metrics")
+		return err == nil
+	})
 	n.must(err)
 	series := map[string]float64{}
 	for line := range strings.Lines(body) {

@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -292,8 +293,8 @@ func eventually(condition func() bool) bool {
 }
 
 // hold takes a port on all addresses of the node, as a program that does not share
-// it does.
-func (n *node) hold(proto string, port int) {
+// it does, and returns how to let it go.
+func (n *node) hold(proto string, port int) (release func()) {
 	n.Helper()
 	n.must(n.Node.Do(func() error {
 		typ := syscall.SOCK_DGRAM
@@ -304,13 +305,15 @@ func (n *node) hold(proto string, port int) {
 		if err != nil {
 			return err
 		}
-		n.Cleanup(func() { syscall.Close(fd) })
+		release = sync.OnceFunc(func() { syscall.Close(fd) })
+		n.Cleanup(release)
 		err = syscall.Bind(fd, &syscall.SockaddrInet6{Port: port})
 		if err == nil && proto == "tcp" {
 			err = syscall.Listen(fd, 1)
 		}
 		return err
 	}))
+	return release
 }
 
 // has checks that a text has all the words.

@@ -61,6 +61,7 @@ func run(cache *nodeCache) error {
 		}
 	}
 	caddy.TrapSignals()
+	runtime.Gosched() // its goroutines run first, or a signal that comes early could be lost
 	if format := given("log-format"); format != "text" {
 		if err := clog.Configure(format, os.Stdout); err != nil {
 			return err
