@@ -89,7 +89,7 @@ KUBE_VERSION = $(shell sed -n 's|.*k8s.io/kubernetes v\([0-9]\)|v\1|p' test/clus
 MODE ?=
 
 .PHONY: test-cluster
-test-cluster: deps image-root $(CLUSTER)/bin/kube $(CLUSTER)/root ## Apply the manifests to a Kubernetes of one node on this machine, and count lost queries (needs root).
+test-cluster: deps image-root $(CLUSTER)/bin/kube $(CLUSTER)/bin/helm $(CLUSTER)/root ## Apply the manifests, and the chart with Helm, to a Kubernetes of one node on this machine, and count lost queries (needs root).
 	go build -tags '$(TAGS),full' -ldflags '$(LDFLAGS)' -o $(CLUSTER)/bin/coredns ./cmd/coredns
 	go build -C test -ldflags '-s -w' -o $(CURDIR)/$(CLUSTER)/bin/ask ./cluster/ask
 	CLUSTER_KIT=$(CURDIR)/$(CLUSTER) go test -C test -count=1 -timeout 60m -v -run '/$(MODE)' ./cluster
@@ -99,6 +99,9 @@ $(CLUSTER)/bin/kube: $(wildcard test/cluster/kube/*)
 	cd test/cluster/kube && go build -o $(CURDIR)/$@ -ldflags '-s -w $(foreach package,component-base/version client-go/pkg/version, \
 		-X k8s.io/$(package).gitVersion=$(KUBE_VERSION) -X k8s.io/$(package).gitMajor=$(word 1,$(subst ., ,$(KUBE_VERSION:v%=%))) \
 		-X k8s.io/$(package).gitMinor=$(word 2,$(subst ., ,$(KUBE_VERSION))))' .
+
+$(CLUSTER)/bin/helm: $(wildcard test/cluster/helm/*)
+	cd test/cluster/helm && go build -o $(CURDIR)/$@ -ldflags '-s -w' helm.sh/helm/v4/cmd/helm
 
 # Debian's packages, which are not installed.
 $(CLUSTER)/root: test/cluster/packages

@@ -344,6 +344,39 @@ func TestManifestWithoutCustomBlocks(t *testing.T) {
 	p.exit(syscall.SIGTERM)
 }
 
+// With the components all names are asked of the cluster's DNS, over UDP, and queries are logged:
+// although the node's resolvers are nowhere, and nothing gets through to the cluster over TCP.
+func TestComponents(t *testing.T) {
+	n := newNode(t, iptablesNFT)
+	dir := t.TempDir()
+	k8s, err := filepath.Abs(filepath.Join("..", "k8s"))
+	n.must(err)
+	k8s, err = filepath.Rel(dir, k8s)
+	n.must(err)
+	text := "resources: [" + k8s + "/base/single]\ncomponents:\n"
+	for _, name := range []string{"cluster-upstream", "udp", "query-log"} {
+		text += "- " + k8s + "/components/" + name + "\n"
+	}
+	n.must(os.WriteFile(filepath.Join(dir, "kustomization.yaml"), []byte(text), 0o644))
+	m, err := manifest.Build(dir)
+	n.must(err)
+	p := n.pod(m, m.DaemonSets[0])
+	n.must(os.WriteFile(filepath.Join(n.Dir, "resolv.conf"), []byte("nameserver 203.0.113.1\n"), 0o644))
+	for _, command := range []string{
+		"nft add table inet filtered",
+		"nft add chain inet filtered in { type filter hook input priority 0 ; }",
+		"nft add rule inet filtered in tcp dport 53 drop",
+	} {
+		words := strings.Fields(command)
+		_, err := n.DNS.Run(words[0], words[1:]...)
+		n.must(err)
+	}
+	running := n.up(p)
+	n.answersOf(p, map[string]string{"a.default.svc.cluster.local.": "192.0.2.1", "www.example.com.": "192.0.2.1"})
+	n.has(running.Log(), `"A IN www.example.com. udp `, `"A IN a.default.svc.cluster.local. udp `)
+	running.exit(syscall.SIGTERM)
+}
+
 // A user's block that comes while the cache runs is taken at the next look for changes, and
 // one that is bad is refused without harm.
 func TestCustomBlocksAreReloaded(t *testing.T) {

@@ -191,6 +191,11 @@ func (c *Cluster) KubectlCommand(args ...string) *exec.Cmd {
 	return c.command([]string{"-n"}, append([]string{filepath.Join(c.state, "bin/kubectl"), "--kubeconfig=" + filepath.Join(c.state, "admin.kubeconfig")}, args...)...)
 }
 
+// Helm runs Helm as the cluster's administrator, and returns what it writes to stdout.
+func (c *Cluster) Helm(args ...string) (string, error) {
+	return output(c.command([]string{"-n"}, append([]string{filepath.Join(c.kit, "bin/helm"), "--kubeconfig=" + filepath.Join(c.state, "admin.kubeconfig")}, args...)...))
+}
+
 // OnNode runs a program on the node, and returns what it writes to stdout.
 func (c *Cluster) OnNode(args ...string) (string, error) {
 	return output(c.command([]string{"-n", "-m", "-p"}, args...))

@@ -544,6 +544,12 @@ func (s *site) removed() {
 	})
 	s.kubectl("delete", "-f", path(pair), "--ignore-not-found")
 	s.answers(true)
+	s.leftNothing()
+}
+
+// leftNothing checks that the node has nothing of ours any more.
+func (s *site) leftNothing() {
+	s.Helper()
 	for _, command := range [][]string{
 		{"ip", "-brief", "address"}, {"iptables-nft-save"}, {"ip6tables-nft-save"},
 		{"iptables-legacy-save"}, {"ip6tables-legacy-save"}, {"nft", "list", "ruleset"},

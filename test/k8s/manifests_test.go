@@ -49,12 +49,25 @@ type variant struct {
 	named    bool   // the ports of the cluster's DNS are found by their names
 }
 
-// image is the one that all manifests take: of the release and of the CoreDNS that go.mod names.
-const (
-	release = "v0.1.0"
-	tag     = release + "-coredns1.15.0"
-	image   = "ghcr.io/contentful-labs/coredns-nodecache:" + tag
+// What all manifests take: the release that the Makefile names, of the CoreDNS that go.mod does.
+var (
+	release = "v" + first("Makefile", `(?m)^RELEASE := v(.*)$`)
+	tag     = release + "-coredns" + first("go.mod", `(?m)^\tgithub.com/coredns/coredns v(.*)$`)
+	image   = first("Makefile", `(?m)^IMAGE_NAME \?= (.*)$`) + ":" + tag
 )
+
+// first is what a pattern finds in a file of the repository.
+func first(file, pattern string) string {
+	text, err := os.ReadFile(filepath.Join("..", "..", file))
+	if err != nil {
+		panic(err)
+	}
+	m := regexp.MustCompile(pattern).FindSubmatch(text)
+	if m == nil {
+		panic(file + " has no " + pattern)
+	}
+	return string(m[1])
+}
 
 var (
 	usual = variant{
