@@ -146,10 +146,10 @@ func TestRulesInAnotherVariantAreOthers(t *testing.T) {
 	}{
 		{"legacy", "legacy", true}, {"nf_tables", "legacy", false}, {"legacy", "nf_tables", false}, {"", "legacy", true}, {"legacy", "", true},
 	} {
-		must(t, a.show(presence{Variant: c.own}))
-		must(t, b.show(presence{
+		must(t, a.publish(presence{Variant: c.own}))
+		must(t, b.publish(presence{
 			Variant: c.other, Links: map[string][]netip.Addr{testLink: addrs("10.0.0.9")},
-			Rules: show(dnsOn("10.0.0.9")), LeavingRules: show(dnsOn("10.0.0.9")), Serves: show(dnsOn("10.0.0.9")),
+			Rules: toShow(dnsOn("10.0.0.9")), LeavingRules: toShow(dnsOn("10.0.0.9")), Serves: toShow(dnsOn("10.0.0.9")),
 		}))
 		o, err := a.Ask(AskLimit)
 		must(t, err)
@@ -167,7 +167,7 @@ func TestSlowReadersKeepNobodyWaiting(t *testing.T) {
 	needRoot(t)
 	m, twin := newMember(), newMember()
 	defer m.Hide()
-	must(t, m.show(many(1000)))
+	must(t, m.publish(many(1000)))
 	for range answersAtOnce / 2 {
 		c, err := net.Dial("unix", m.name)
 		must(t, err)
@@ -185,7 +185,7 @@ func TestStrangersAreNotAnswered(t *testing.T) {
 	needRoot(t)
 	m := newMember()
 	defer m.Hide()
-	must(t, m.show(many(1000)))
+	must(t, m.publish(many(1000)))
 	as(t, 65534, func() {
 		c, err := net.Dial("unix", m.name)
 		must(t, err)

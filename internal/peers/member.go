@@ -105,13 +105,13 @@ type Shown struct {
 
 // Show has the others see s from now on.
 func (m *Member) Show(s Shown) error {
-	return m.show(presence{
-		Links: s.Wants.Links, Rules: show(s.Wants.Rules[m.shared]), Serves: show(s.Serves),
-		LeavingLinks: s.Leaving.Links, LeavingRules: show(s.Leaving.Rules[m.shared]), Variant: s.Variant,
+	return m.publish(presence{
+		Links: s.Wants.Links, Rules: toShow(s.Wants.Rules[m.shared]), Serves: toShow(s.Serves),
+		LeavingLinks: s.Leaving.Links, LeavingRules: toShow(s.Leaving.Rules[m.shared]), Variant: s.Variant,
 	})
 }
 
-func (m *Member) show(p presence) error {
+func (m *Member) publish(p presence) error {
 	p.Version = presenceVersion
 	err := p.check(m.badLink)
 	var b []byte

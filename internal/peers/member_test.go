@@ -13,7 +13,7 @@ func TestMemberShowsWhatItWantsUntilItHides(t *testing.T) {
 	needRoot(t)
 	a, b := newMember(), newMember()
 	defer b.Hide()
-	p := presence{Links: map[string][]netip.Addr{testLink: addrs("169.254.20.10")}, Rules: show(dnsOn("fd00:20::10")), Serves: show([]desired.Endpoint{extraPort("10.96.0.10", 8080)})}
+	p := presence{Links: map[string][]netip.Addr{testLink: addrs("169.254.20.10")}, Rules: toShow(dnsOn("fd00:20::10")), Serves: toShow([]desired.Endpoint{extraPort("10.96.0.10", 8080)})}
 	ask := func() Others {
 		o, err := a.Ask(AskLimit)
 		must(t, err)
@@ -22,7 +22,7 @@ func TestMemberShowsWhatItWantsUntilItHides(t *testing.T) {
 	if o := ask(); !o.Wants.Empty() || len(o.Serves) > 0 || o.Unknown {
 		t.Errorf("before anybody shows: %+v", o)
 	}
-	must(t, b.show(p))
+	must(t, b.publish(p))
 	for range 2 { // an accepted connection is no further member
 		o := ask()
 		if got := o.Wants.Links[testLink]; list(got) != "169.254.20.10" {
@@ -36,11 +36,11 @@ func TestMemberShowsWhatItWantsUntilItHides(t *testing.T) {
 		}
 	}
 	p.LeavingLinks, p.LeavingRules = p.Links, p.Rules[:1]
-	must(t, b.show(p))
+	must(t, b.publish(p))
 	if o := ask(); list(o.Leaving.Rules[testShared]) != list(shown(p.Rules[:1])) || list(o.Stays.Rules[testShared]) != list(shown(p.Rules[1:])) || len(o.Stays.Links) != 0 {
 		t.Errorf("while it leaves: %+v", o)
 	}
-	must(t, b.show(presence{}))
+	must(t, b.publish(presence{}))
 	if o := ask(); !o.Wants.Empty() || len(o.Serves) > 0 {
 		t.Errorf("after it wants nothing: %+v", o)
 	}
@@ -49,7 +49,7 @@ func TestMemberShowsWhatItWantsUntilItHides(t *testing.T) {
 	if o := ask(); !o.Wants.Empty() || o.Unknown {
 		t.Errorf("after it is gone: %+v", o)
 	}
-	must(t, b.show(p))
+	must(t, b.publish(p))
 	if o := ask(); o.Wants.Empty() {
 		t.Error("it shows itself again, unseen")
 	}
@@ -64,10 +64,10 @@ func TestMemberShowsItselfAgainWhileItsSocketIsOpenElsewhere(t *testing.T) {
 	needRoot(t)
 	m := newMember()
 	defer m.Hide()
-	must(t, m.show(presence{}))
+	must(t, m.publish(presence{}))
 	held, err := m.listener.(*net.UnixListener).File()
 	must(t, err)
 	m.Hide()
 	time.AfterFunc(10*turnPoll, func() { held.Close() })
-	must(t, m.show(presence{}))
+	must(t, m.publish(presence{}))
 }

@@ -145,7 +145,7 @@ type shownEndpoint struct {
 	Extra bool       `json:"extra,omitempty"`
 }
 
-func show(es []desired.Endpoint) (ss []shownEndpoint) {
+func toShow(es []desired.Endpoint) (ss []shownEndpoint) {
 	for _, e := range es {
 		ss = append(ss, shownEndpoint{e.Addr, e.Proto, e.Port, e.Extra})
 	}

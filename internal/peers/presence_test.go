@@ -41,7 +41,7 @@ func many(addresses int) presence {
 		a := addr(fmt.Sprintf("fd00:1234:5678:9abc:def0:1234:5678:%04x", 0xa000+i))
 		p.Links["nodelocaldns12"] = append(p.Links["nodelocaldns12"], a)
 		for _, e := range []desired.Endpoint{{Addr: a, Proto: "udp", Port: 53}, {Addr: a, Proto: "tcp", Port: 53}, {Addr: a, Proto: "tcp", Port: 853}, {Addr: a, Proto: "tcp", Port: 8443, Extra: true}} {
-			p.Rules = append(p.Rules, show([]desired.Endpoint{e})...)
+			p.Rules = append(p.Rules, toShow([]desired.Endpoint{e})...)
 		}
 	}
 	p.Serves, p.LeavingLinks, p.LeavingRules = p.Rules, p.Links, p.Rules
@@ -65,7 +65,7 @@ func TestPresenceBounds(t *testing.T) {
 		wantError(t, err, "can be shared with other processes")
 		// One's own too: the others would not understand it.
 		m := newMember()
-		wantError(t, m.show(p), "can be shared with other processes")
+		wantError(t, m.publish(p), "can be shared with other processes")
 		if m.listener != nil {
 			t.Errorf("too many %s are shown all the same", name)
 			m.Hide()
