@@ -16,6 +16,9 @@ func load() (caddy.Input, error) { return caddy.LoadCaddyfile("dns") }
 // hashOf returns the hash of a Corefile, imports and variables resolved, by which the reload
 // plugin knows it (coredns_reload_version_info). It is "" where the file can't be read.
 func hashOf(in caddy.Input) string {
+	if in == nil {
+		return ""
+	}
 	blocks, err := caddyfile.Parse(in.Path(), bytes.NewReader(in.Body()), nil)
 	if err != nil {
 		return ""

@@ -32,10 +32,13 @@ func Read(directives []string) ([]caddyfile.ServerBlock, error) {
 	return caddyfile.Parse(in.Path(), bytes.NewReader(in.Body()), directives)
 }
 
-// Instance is the instance whose Corefile is being set up.
+// Instance is the instance whose Corefile is being set up; an empty one where none is being
+// read.
 func Instance() *caddy.Instance {
-	all := caddy.Instances()
-	return all[len(all)-1]
+	if all := caddy.Instances(); len(all) > 0 {
+		return all[len(all)-1]
+	}
+	return &caddy.Instance{}
 }
 
 // Configs returns the configurations of all server blocks. CoreDNS has no function
