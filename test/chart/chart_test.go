@@ -290,7 +290,7 @@ func TestValues(t *testing.T) {
 		return daemonset(t, values).Spec.Template.Spec.Containers[0].Image
 	}
 	for what, c := range map[string]struct{ got, want string }{
-		"servers":            {data(t, "config: {upstreamServers: [192.0.2.53, 'tls://192.0.2.54']}", "upstream.conf"), "forward . 192.0.2.53 tls://192.0.2.54 {\n"},
+		"servers":            {data(t, "config: {upstreamServers: [192.0.2.53, 'tls://192.0.2.54']}", "upstream.conf"), "upstream . 192.0.2.53 tls://192.0.2.54 {\n"},
 		"sizes":              {data(t, "config: {cache: {success: 20000, denial: 3000}}", "Corefile"), "success 20000 30\n"},
 		"domains":            {data(t, "config: {extraClusterDomains: [corp.local]}", "values.server"), "corp.local:53 {\n    import cluster\n}\n"},
 		"overrides":          {data(t, "config: {extraOverrides: 'hosts /etc/hosts'}", "values.override"), "hosts /etc/hosts\n"},

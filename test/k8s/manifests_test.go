@@ -400,7 +400,7 @@ func checkDaemonSet(t *testing.T, m *manifest.Manifest, ds appsv1.DaemonSet, v v
 	if got := files["bind.conf"]; got != "bind "+v.bind+"\n" {
 		t.Errorf("binds with %q, want %q", got, v.bind)
 	}
-	if want := "forward . " + cmp.Or(v.upstream, "/etc/resolv.conf") + " {\n"; !strings.HasPrefix(files["upstream.conf"], want) {
+	if want := "upstream . " + cmp.Or(v.upstream, "/etc/resolv.conf") + " {\n"; !strings.HasPrefix(files["upstream.conf"], want) {
 		t.Errorf("all other names go to %q, want %q", files["upstream.conf"], want)
 	}
 	if got := files["log.conf"]; v.log != (got == "log\n") || v.log == strings.HasPrefix(got, "#") {
@@ -477,7 +477,7 @@ func checkResources(t *testing.T, c corev1.Container, corefile, directive string
 	for _, n := range number(`max_concurrent (\d+)`) {
 		waiting += n
 	}
-	blocks := float64(strings.Count(corefile, "forward . "))
+	blocks := float64(strings.Count(corefile, "upstream . "))
 	if entries != 4*9984 || waiting != 2000 || blocks != 2 {
 		t.Fatalf("%v entries, %v waiting, %v blocks", entries, waiting, blocks)
 	}
