@@ -39,6 +39,9 @@ KERNEL_TIMEOUT ?= 1200
 EVENTS ?=
 SUBJECTS ?=
 
+# Which of its rows resilience shows, by words of their names; by default all.
+ROWS ?=
+
 # How often each thing is removed.
 REPAIRS ?= 20
 
@@ -128,6 +131,10 @@ repairs-kernel: coredns ## Measure repairs on Debian's kernel, which has the dum
 	test/deps ip iptables nft xz
 	go build -C test -o ../build/continuity ./continuity
 	IN_KERNEL_TIMEOUT=$(KERNEL_TIMEOUT) test/in-kernel build/continuity -repairs $(REPAIRS) -subjects all
+
+.PHONY: resilience
+resilience: deps coredns ## Show what a pod sees of what happens to upstreams, beside no cache and node-cache's Corefile (needs root).
+	$(call run,resilience) $(if $(ROWS),-rows '$(ROWS)')
 
 .PHONY: sizing
 sizing: deps coredns ## Measure memory against cached answers and server blocks (needs root).
