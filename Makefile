@@ -85,6 +85,15 @@ test-kernel: coredns ## Run the tests on Debian's kernel, which has the dummy dr
 	cd test && IN_KERNEL_TIMEOUT=$(KERNEL_TIMEOUT) IN_KERNEL_ENV=LAB_SCALE LAB_SCALE=0.02 ./in-kernel \
 		../build/e2e.test -test.v -test.timeout 0 -test.run '$(E2E_RUN)'
 
+# Which releases of Debian, by default bullseye, bookworm, trixie and sid.
+SUITES ?=
+
+.PHONY: test-kernels
+test-kernels: coredns ## Run the kernel tests on the kernels and iptables of several releases of Debian (long).
+	test/deps ip iptables nft xz
+	KERNEL_RUN='$(KERNEL_RUN)' E2E_RUN='$(E2E_RUN)|OtherIptables|TwoIptables|WithoutOwnedTables' KERNEL_TIMEOUT='$(KERNEL_TIMEOUT)' \
+		test/kernels $(SUITES)
+
 # Where test-cluster keeps what it has fetched and built.
 CLUSTER := build/cluster
 KUBE_VERSION = $(shell sed -n 's|.*k8s.io/kubernetes v\([0-9]\)|v\1|p' test/cluster/kube/go.mod)
