@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/contentful-labs/coredns-nodecache/internal/testkit"
 	"github.com/coredns/caddy"
 	"github.com/coredns/coredns/core/dnsserver"
 	"github.com/coredns/coredns/plugin"
@@ -35,6 +36,7 @@ func serverBlock(zone, arguments string, addresses ...string) string {
 
 func newCoreDNS(t *testing.T) *coreDNS {
 	t.Helper()
+	testkit.NeedOwnedTables(t) // as its Corefiles have the backend nftables
 	needRoot(t)
 	cleanLinks(t)
 	directives, node, quiet := dnsserver.Directives, theNode, dnsserver.Quiet

@@ -11,6 +11,7 @@ import (
 	"github.com/google/nftables"
 
 	"github.com/contentful-labs/coredns-nodecache/internal/desired"
+	"github.com/contentful-labs/coredns-nodecache/internal/testkit"
 )
 
 // nftOwn returns the tables that nodecache processes have.
@@ -75,6 +76,7 @@ func wantElements(t *testing.T, queries, answers, clients string) {
 func newTestNFT(t *testing.T) *nft {
 	t.Helper()
 	needRoot(t)
+	testkit.NeedOwnedTables(t)
 	fw := newNFT()
 	t.Cleanup(func() {
 		remove(t, fw)
@@ -175,6 +177,7 @@ func TestNFTTableIsNobodyElsesToChange(t *testing.T) {
 }
 
 func TestNFTTableGoesWithItsSocket(t *testing.T) {
+	testkit.NeedOwnedTables(t)
 	needRoot(t)
 	fw := newNFT()
 	_, err := fw.apply(t.Context(), dnsOn("169.254.20.10", "fd00:20::10"), standing{})
@@ -188,6 +191,7 @@ func TestNFTTableGoesWithItsSocket(t *testing.T) {
 // A table of a process that was killed is the kernel's to remove; a foreign one
 // is not touched, whatever its name.
 func TestNFTLeavesForeignTables(t *testing.T) {
+	testkit.NeedOwnedTables(t)
 	needRoot(t)
 	c, err := nftables.New()
 	must(t, err)
@@ -226,6 +230,7 @@ func TestNFTPutsTableBack(t *testing.T) {
 }
 
 func TestNodeWithNFTables(t *testing.T) {
+	testkit.NeedOwnedTables(t)
 	n, _ := newTestNode(t)
 	cfg, err := read(corefile{"nodecache {\ninterface nctest0\nfirewall nftables\nuntracked 8080\n}", "169.254.20.10 fd00:20::10", dns53})
 	must(t, err)

@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/contentful-labs/coredns-nodecache/internal/testkit"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
@@ -134,6 +135,7 @@ func TestNodeWithRealFirewall(t *testing.T) {
 }
 
 func TestAutoFallsBackToNFTables(t *testing.T) {
+	testkit.NeedOwnedTables(t)
 	n, _ := newTestNode(t)
 	delete(n.firewalls, backendIPT)
 	dir := t.TempDir()

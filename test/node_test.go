@@ -19,6 +19,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/contentful-labs/coredns-nodecache/internal/testkit"
 	"github.com/contentful-labs/coredns-nodecache/test/lab"
 )
 
@@ -62,6 +63,9 @@ func newNode(t *testing.T, b backend) *node {
 	t.Helper()
 	if os.Geteuid() != 0 {
 		t.Skip("network namespaces take root: run make e2e as root")
+	}
+	if b.firewall == nftables.firewall {
+		testkit.NeedOwnedTables(t)
 	}
 	l, err := lab.New(b.iptables)
 	if err != nil {

@@ -1,15 +1,13 @@
 package e2e
 
 import (
-	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
 
-	"golang.org/x/sys/unix"
-
+	"github.com/contentful-labs/coredns-nodecache/internal/testkit"
 	"github.com/contentful-labs/coredns-nodecache/test/lab"
 )
 
@@ -120,7 +118,7 @@ func TestTwinsOfTwoIptables(t *testing.T) {
 // Before Linux 5.12 a table of nf_tables cannot belong to a process: the backend nftables says
 // so and leaves nothing, and auto takes iptables.
 func TestKernelWithoutOwnedTables(t *testing.T) {
-	if ownedTables(t) {
+	if testkit.Kernel(t, 5, 12) {
 		t.Skip("this kernel has the flag owner: make test-kernels has one without")
 	}
 	n := newNode(t, iptablesNFT)
@@ -132,17 +130,4 @@ func TestKernelWithoutOwnedTables(t *testing.T) {
 	n.answersEverybody(false, addrs...)
 	p.exit(syscall.SIGTERM)
 	n.same("after the exit", before, n.snapshot())
-}
-
-// ownedTables tells whether the kernel is 5.12 or newer.
-func ownedTables(t *testing.T) bool {
-	var u unix.Utsname
-	if err := unix.Uname(&u); err != nil {
-		t.Fatal(err)
-	}
-	var major, minor int
-	if _, err := fmt.Sscanf(unix.ByteSliceToString(u.Release[:]), "%d.%d", &major, &minor); err != nil {
-		t.Fatal(fmt.Errorf("reading the version of the kernel: %w", err))
-	}
-	return major > 5 || major == 5 && minor >= 12
 }

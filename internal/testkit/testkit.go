@@ -89,6 +89,27 @@ func NeedRoot(t testing.TB) {
 	}
 }
 
+// NeedOwnedTables skips a test where nf_tables has no tables that belong to a process: before
+// Linux 5.12.
+func NeedOwnedTables(t testing.TB) {
+	t.Helper()
+	if !Kernel(t, 5, 12) {
+		t.Skip("needs the flag owner of nf_tables, which Linux has since 5.12")
+	}
+}
+
+// Kernel tells whether the one that runs is of that version or newer.
+func Kernel(t testing.TB, major, minor int) bool {
+	t.Helper()
+	var u unix.Utsname
+	Must(t, unix.Uname(&u))
+	var is [2]int
+	if _, err := fmt.Sscanf(unix.ByteSliceToString(u.Release[:]), "%d.%d", &is[0], &is[1]); err != nil {
+		t.Fatalf("reading the version of the kernel: %v", err)
+	}
+	return slices.Compare(is[:], []int{major, minor}) >= 0
+}
+
 // As does something as a user.
 func As(t testing.TB, user int, do func()) {
 	t.Helper()
