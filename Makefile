@@ -153,6 +153,13 @@ sizing: deps coredns ## Measure memory against cached answers and server blocks 
 limits: deps coredns ## Measure descriptors, goroutines and memory at the limits (needs root).
 	LAB_LIMITS=1 go test -C test -count=1 -timeout 20m -v -run TestLimits .
 
+# For how long.
+SOAK ?= 2h
+
+.PHONY: soak
+soak: deps coredns ## Reload, restart twins, meddle and silence upstreams under load for SOAK, and sample what must not grow (needs root).
+	LAB_SOAK=$(SOAK) go test -C test -count=1 -timeout 0 -v -run TestSoak .
+
 .PHONY: monitoring-test
 monitoring-test: deps coredns ## Test the alerts and the dashboard with Prometheus (needs root).
 	test/deps promtool prometheus
