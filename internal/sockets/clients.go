@@ -63,10 +63,8 @@ func (g *Clients) Start() {
 	g.once.Do(func() {
 		g.limit = tcpLimit()
 		warnOfFewDescriptors()
-		every := clientsEvery
-		if DescriptorLimit() > manyDescriptors {
-			every = clientsSeldom
-		}
+		// As long as clients take to open a certain share of what there is.
+		every := max(clientsEvery, clientsSeldom*time.Duration(min(DescriptorLimit(), manyDescriptors))/manyDescriptors)
 		go func() {
 			for {
 				began := time.Now()
