@@ -31,14 +31,16 @@ type subject struct {
 	iptables lab.Iptables
 	firewall string // "" for plain CoreDNS
 	fastpath bool
+	busy     bool // programs compute on all CPUs meanwhile
 }
 
 var subjects = []subject{
-	{"iptables-nft", lab.NFT, "iptables", false},
-	{"iptables-legacy", lab.Legacy, "iptables", false},
-	{"nftables", lab.NFT, "nftables", false},
-	{"fastpath", lab.NFT, "nftables", true},
-	{"plain", lab.NFT, "", false},
+	{"iptables-nft", lab.NFT, "iptables", false, false},
+	{"iptables-legacy", lab.Legacy, "iptables", false, false},
+	{"nftables", lab.NFT, "nftables", false, false},
+	{"fastpath", lab.NFT, "nftables", true, false},
+	{"fastpath-busy", lab.NFT, "nftables", true, true},
+	{"plain", lab.NFT, "", false, false},
 }
 
 var (
@@ -46,7 +48,7 @@ var (
 	rate    = flag.Int("rate", 2000, "queries a second")
 	after   = flag.Duration("duration", 2*time.Second, "how long queries are sent after each event")
 	choose  = flag.String("events", "", "only events whose name has one of these `words`, separated by commas")
-	which   = flag.String("subjects", "iptables-nft,nftables,fastpath,plain", "what is measured, of iptables-nft, iptables-legacy, nftables (nodecache with that backend), fastpath (nftables, with that option) and plain, or all")
+	which   = flag.String("subjects", "iptables-nft,nftables,fastpath,fastpath-busy,plain", "what is measured, of iptables-nft, iptables-legacy, nftables (nodecache with that backend), fastpath (nftables, with that option), fastpath-busy and plain, or all")
 	limit   = flag.Duration("limit", 20*time.Minute, "when to give up")
 	times   = flag.Int("repairs", 0, "rather than that, remove what the cache needs so many `times` each, and measure how long the repair takes")
 	many    = flag.Bool("rules", false, "rather than that, measure how long 1, 50 and 500 addresses take")
@@ -121,8 +123,9 @@ as nobody read it in time: a machine that is too slow for this has some too.
 
 Half of the queries go to the cluster's DNS service (ClusterIP), half to the node's own
 address (link-local), over IPv4 and IPv6. iptables-nft, iptables-legacy and nftables are
-nodecache with that backend, fastpath is nftables with that option; plain is CoreDNS
-without nodecache, with static addresses and static NOTRACK rules.
+nodecache with that backend, fastpath is nftables with that option, and fastpath-busy the same
+while two programs a CPU compute; plain is CoreDNS without nodecache, with static addresses and
+static NOTRACK rules.
 
 ¹ Nobody is left to answer there: only a node's cache has the address.
 ² Over UDP sockets that host clients keep: their own address is the ClusterIP too, and
