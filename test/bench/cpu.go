@@ -7,6 +7,7 @@ import (
 	"strconv"
 	"time"
 
+	"github.com/prometheus/procfs"
 	"golang.org/x/sys/unix"
 )
 
@@ -86,4 +87,63 @@ func cpuTime(pid int) (time.Duration, error) {
 		return 0, fmt.Errorf("reading the server's CPU time: %w", err)
 	}
 	return time.Duration(t.Nano()), nil
+}
+
+// busyTime returns for how long all CPUs of the machine have not been idle.
+func busyTime() (time.Duration, error) {
+	fs, err := procfs.NewDefaultFS()
+	if err != nil {
+		return 0, err
+	}
+	stat, err := fs.Stat()
+	if err != nil {
+		return 0, fmt.Errorf("reading the machine's CPU time: %w", err)
+	}
+	// The kernel measures how long a CPU idles, and samples what else it does.
+	idle := stat.CPUTotal.Idle + stat.CPUTotal.Iowait
+	var now unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &now); err != nil {
+		return 0, err
+	}
+	return time.Duration(now.Nano())*time.Duration(len(stat.CPU)) - time.Duration(idle*float64(time.Second)), nil
+}
+
+// switches returns how often the threads of a process have gone to sleep.
+func switches(pid int) (n uint64, err error) {
+	fs, err := procfs.NewDefaultFS()
+	if err != nil {
+		return 0, err
+	}
+	threads, err := fs.AllThreads(pid)
+	if err != nil {
+		return 0, fmt.Errorf("counting the server's context switches: %w", err)
+	}
+	for _, t := range threads {
+		if status, err := t.NewStatus(); err == nil { // else it has ended
+			n += status.VoluntaryCtxtSwitches
+		}
+	}
+	return n, nil
+}
+
+// used is what has been used since some time in the past.
+type used struct {
+	cpu, machine time.Duration // by the server, and by all but this process
+	switches     uint64        // of the server
+}
+
+func usedBy(pid int) (u used, err error) {
+	if u.cpu, err = cpuTime(pid); err != nil {
+		return u, err
+	}
+	own, err := cpuTime(os.Getpid())
+	if err != nil {
+		return u, err
+	}
+	if u.machine, err = busyTime(); err != nil {
+		return u, err
+	}
+	u.machine -= own
+	u.switches, err = switches(pid)
+	return u, err
 }

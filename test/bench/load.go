@@ -35,6 +35,8 @@ const (
 type point struct {
 	answers   int           // while measured
 	wall, cpu time.Duration // while measured
+	machine   time.Duration // the CPU time of everything but the load
+	switches  uint64        // of the server's threads, to sleep
 	latencies []time.Duration
 	sent      int // in all
 	lost      int // no answer within a second
@@ -43,8 +45,13 @@ type point struct {
 	cpus      int // that the server may use
 }
 
-// perMillion is the CPU seconds of a million answers.
-func (p point) perMillion() float64 { return p.cpu.Seconds() / float64(p.answers) * 1e6 }
+// each is what an answer takes of the CPU, in microseconds.
+func (p point) each(of time.Duration) float64 {
+	return float64(of.Nanoseconds()) / 1e3 / float64(p.answers)
+}
+
+// sleeps is how often threads of the server went to sleep for an answer.
+func (p point) sleeps() float64 { return float64(p.switches) / float64(p.answers) }
 
 func (p point) kqps() float64 { return float64(p.answers) / p.wall.Seconds() / 1e3 }
 
@@ -66,8 +73,8 @@ func (p point) latency(share float64) float64 {
 }
 
 func (p point) String() string {
-	return fmt.Sprintf("%.2f s/M, %.1f kq/s, CPUs %.0f %%, p50 %.0f p99 %.0f us, %d sent, %d lost, %d missed",
-		p.perMillion(), p.kqps(), 100*p.share(), p.latency(.5), p.latency(.99), p.sent, p.lost, p.missed)
+	return fmt.Sprintf("CPU %.2f us, of the machine %.1f us, %.2f switches, %.1f kq/s, CPUs %.0f %%, p50 %.0f p99 %.0f p99.9 %.0f us, %d sent, %d lost, %d missed",
+		p.each(p.cpu), p.each(p.machine), p.sleeps(), p.kqps(), 100*p.share(), p.latency(.5), p.latency(.99), p.latency(.999), p.sent, p.lost, p.missed)
 }
 
 // A load sends queries and checks answers, on one thread. As it never sleeps, no server
@@ -395,21 +402,22 @@ func (l *load) run(rate int, length time.Duration, pid int) (p point, err error)
 			}
 		}
 	}
-	var cpu time.Duration
+	var before used
 	for {
 		now := l.now()
 		if !measuring && now >= from {
 			measuring = true
 			from = now
-			if cpu, err = cpuTime(pid); err != nil {
+			if before, err = usedBy(pid); err != nil {
 				return p, err
 			}
 		}
 		// However little of a CPU the server gets, a figure takes some answers.
 		if now >= to && (p.answers >= fewest || now >= to+patience) {
 			p.wall = now - from
-			p.cpu, err = cpuTime(pid)
-			p.cpu -= cpu
+			var after used
+			after, err = usedBy(pid)
+			p.cpu, p.machine, p.switches = after.cpu-before.cpu, after.machine-before.machine, after.switches-before.switches
 			measuring = false
 			break
 		}

@@ -26,13 +26,21 @@ type figure struct {
 	of     func(r *result) float64
 }
 
-var figures = []figure{
-	{"CPU s/M saturated", 2, func(r *result) float64 { return r.points[0].perMillion() }},
-	{"CPU s/M at 20k q/s", 2, func(r *result) float64 { return r.points[1].perMillion() }},
-	{"CPU s/M at 5k q/s", 2, func(r *result) float64 { return r.points[2].perMillion() }},
-	{"kq/s saturated", 0, func(r *result) float64 { return r.points[0].kqps() }},
-	{"p50 µs", 0, func(r *result) float64 { return r.points[1].latency(.5) }},
-	{"p99 µs", 0, func(r *result) float64 { return r.points[1].latency(.99) }},
+// at returns the figures of the i-th rate.
+func at(i int) []figure {
+	latency := func(head string, share float64) figure {
+		return figure{head, 0, func(r *result) float64 { return r.points[i].latency(share) }}
+	}
+	cpu := figure{"CPU µs", 2, func(r *result) float64 { return r.points[i].each(r.points[i].cpu) }}
+	machine := figure{"CPU µs, machine", 1, func(r *result) float64 { return r.points[i].each(r.points[i].machine) }}
+	sleeps := figure{"switches", 2, func(r *result) float64 { return r.points[i].sleeps() }}
+	if rates[i] == 0 {
+		return []figure{{"kq/s", 0, func(r *result) float64 { return r.points[i].kqps() }}, cpu, machine, sleeps}
+	}
+	return []figure{latency("p50 µs", .5), latency("p99 µs", .99), latency("p99.9 µs", .999), cpu, machine, sleeps}
+}
+
+var others = []figure{
 	{"RSS idle MiB", 1, func(r *result) float64 { return r.idle / (1 << 20) }},
 	{"RSS loaded MiB", 1, func(r *result) float64 { return r.loaded / (1 << 20) }},
 	{"start ms", 0, func(r *result) float64 { return r.start.Seconds() * 1e3 }},
@@ -44,9 +52,6 @@ var figures = []figure{
 		return n
 	}},
 }
-
-// compared is how many of the figures, from the first, are compared.
-const compared = 4
 
 // values returns a figure of every round, in order.
 func (t *table) values(s *subject, f figure) (v []float64) {
@@ -64,15 +69,30 @@ func median(sorted []float64) float64 {
 
 func (t *table) String() string {
 	var b strings.Builder
-	row := func(cells ...string) { fmt.Fprintf(&b, "| %s |\n", strings.Join(cells, " | ")) }
-	rule := func(n int) { fmt.Fprintf(&b, "|---|%s\n", strings.Repeat("--:|", n)) }
+	for i, rate := range rates {
+		fmt.Fprintf(&b, "At %s:\n\n", rateName(rate))
+		t.write(&b, at(i))
+	}
+	b.WriteString("Otherwise:\n\n")
+	t.write(&b, others)
+	b.WriteString(t.ratios())
+	b.WriteString(legend)
+	b.WriteString(t.doubts())
+	return b.String()
+}
 
+func row(b *strings.Builder, cells ...string) { fmt.Fprintf(b, "| %s |\n", strings.Join(cells, " | ")) }
+
+func rule(b *strings.Builder, n int) { fmt.Fprintf(b, "|---|%s\n", strings.Repeat("--:|", n)) }
+
+// write writes the figures of every server.
+func (t *table) write(b *strings.Builder, figures []figure) {
 	head := []string{"server"}
 	for _, f := range figures {
 		head = append(head, f.head)
 	}
-	row(head...)
-	rule(len(figures))
+	row(b, head...)
+	rule(b, len(figures))
 	for _, s := range t.chosen {
 		cells := []string{s.label}
 		for _, f := range figures {
@@ -83,85 +103,65 @@ func (t *table) String() string {
 			}
 			cells = append(cells, mid)
 		}
-		row(cells...)
+		row(b, cells...)
 	}
+	b.WriteByte('\n')
+}
 
-	if comparisons := t.comparisons(); len(comparisons) > 0 {
-		b.WriteString("\nThe same as a ratio:\n\n")
-		head = []string{"server"}
-		for _, c := range comparisons {
-			for _, f := range figures[:compared] {
-				head = append(head, fmt.Sprintf("%s / %s", f.head, c.name))
-			}
-		}
-		row(head...)
-		rule(len(head) - 1)
-		for _, s := range t.chosen {
-			cells := []string{s.label}
-			for _, c := range comparisons {
-				for i, f := range figures[:compared] {
-					cells = append(cells, format(median(t.values(s, f))/c.to[i], 2))
+// ratios compares each server with the best C cache: the best of each figure, whichever
+// has it.
+func (t *table) ratios() string {
+	if !slices.ContainsFunc(t.chosen, func(s *subject) bool { return s.c }) {
+		return ""
+	}
+	var b strings.Builder
+	b.WriteString("CPU time, p50 and p99 divided by those of the best C cache in each:\n\n")
+	head := []string{"server"}
+	for _, rate := range rates {
+		head = append(head, rateName(rate))
+	}
+	row(&b, head...)
+	rule(&b, len(rates))
+	for _, s := range t.chosen {
+		cells := []string{s.label}
+		for i := range rates {
+			var of []string
+			for _, f := range at(i) {
+				if f.head == "CPU µs" || f.head == "p50 µs" || f.head == "p99 µs" {
+					of = append(of, format(median(t.values(s, f))/t.best(f), 2))
 				}
 			}
-			row(cells...)
+			if n := len(of); n > 1 {
+				of = append(of[n-1:], of[:n-1]...) // CPU time first
+			}
+			cells = append(cells, strings.Join(of, " · "))
 		}
+		row(&b, cells...)
 	}
-	b.WriteString(legend)
-	b.WriteString(t.doubts())
 	return b.String()
 }
 
-// A comparison is what to compare with, by figure.
-type comparison struct {
-	name string
-	to   [compared]float64
-}
-
-func (t *table) comparisons() (all []comparison) {
-	best := comparison{name: "best C cache"}
-	found := false
-	for i, f := range figures[:compared] {
-		best.to[i] = math.Inf(1)
-		if i == compared-1 {
-			best.to[i] = 0 // of answers more are better
-		}
-		for _, s := range t.chosen {
-			if !s.c {
-				continue
-			}
-			found = true
-			m := median(t.values(s, f))
-			if i == compared-1 {
-				best.to[i] = max(best.to[i], m)
-			} else {
-				best.to[i] = min(best.to[i], m)
-			}
-		}
-	}
-	if found {
-		all = append(all, best)
-	}
+// best returns the lowest median of a figure among the C caches.
+func (t *table) best(f figure) float64 {
+	best := math.Inf(1)
 	for _, s := range t.chosen {
-		if s.name == "coredns" {
-			c := comparison{name: s.label}
-			for i, f := range figures[:compared] {
-				c.to[i] = median(t.values(s, f))
-			}
-			all = append(all, c)
+		if s.c {
+			best = min(best, median(t.values(s, f)))
 		}
 	}
-	return all
+	return best
 }
 
 func format(v float64, digits int) string { return fmt.Sprintf("%.*f", digits, v) }
 
 const legend = `
-Medians over the rounds, and in brackets the lowest and the highest. CPU s/M: CPU seconds
-of the server for a million answers, kernel included; p50, p99: until the answer came, at
-20k q/s; RSS: resident memory at the first answer and at the end; start: until the first
-answer; binary: the program with its shared libraries; lost: queries without an answer
-within a second. Every answer was checked. A measurement in which a server was not busy, or
-the rate not held, was made again, up to three times.
+Medians over the rounds, and in brackets the lowest and the highest. p50, p99, p99.9: from when
+the query was sent until its answer came; CPU: of the server for an answer, kernel included;
+machine: of all that ran but the load, which never sleeps; switches: how often a thread of the
+server went to sleep for an answer; RSS: resident memory at the first answer and at the end;
+start: until the first answer; binary: the program with its shared libraries; lost: queries
+without an answer within a second. Every answer was checked. A measurement in which a server was
+not busy, or the rate not held, was made again, up to three times.
 `
 
 // doubts names measurements that are not what they should be, which on a machine with

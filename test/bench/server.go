@@ -171,9 +171,9 @@ type result struct {
 func (r *result) String() string {
 	var s strings.Builder
 	for i, p := range r.points {
-		fmt.Fprintf(&s, "[%d q/s: %v] ", rates[i], p)
+		fmt.Fprintf(&s, "\n  %s: %v", rateName(rates[i]), p)
 	}
-	fmt.Fprintf(&s, "start %v, rss %.1f and %.1f MiB", r.start, r.idle/(1<<20), r.loaded/(1<<20))
+	fmt.Fprintf(&s, "\n  start %v, rss %.1f and %.1f MiB", r.start, r.idle/(1<<20), r.loaded/(1<<20))
 	return s.String()
 }
 
@@ -216,7 +216,7 @@ func (b *bench) measure(sub *subject) (_ *result, err error) {
 		for i, rate := range rates {
 			// Another process, or another guest of the host, may have had the CPU.
 			for try := 0; try == 0 || try < tries && (r.points[i].idle() || r.points[i].slow()); try++ {
-				if r.points[i], err = l.run(rate, *duration, s.pid); err != nil {
+				if r.points[i], err = l.run(rate, length(rate), s.pid); err != nil {
 					return fmt.Errorf("at %s: %w", rateName(rate), err)
 				}
 				r.points[i].cpus = sub.cpus
@@ -238,7 +238,14 @@ func rateName(rate int) string {
 	if rate == 0 {
 		return "saturation"
 	}
-	return fmt.Sprintf("%d q/s", rate)
+	return thousands(rate) + " q/s"
+}
+
+func thousands(n int) string {
+	if n < 1000 {
+		return fmt.Sprint(n)
+	}
+	return fmt.Sprintf("%d,%03d", n/1000, n%1000)
 }
 
 // size returns the bytes of a program and of its shared libraries.
