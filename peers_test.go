@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"github.com/contentful-labs/coredns-nodecache/internal/peers"
+	"github.com/contentful-labs/coredns-nodecache/internal/sockets"
 	"github.com/contentful-labs/coredns-nodecache/internal/testkit"
 )
 
@@ -138,6 +139,7 @@ func TestNothingIsTakenFromWhoDoesNotAnswer(t *testing.T) {
 				t.Error("the firewall does not know that somebody is silent")
 			}
 			addAddr(t, testLink, "192.0.2.9/32") // the silent one's
+			eventually(t, "no program on its way to its exec has what was closed", func() bool { return len(sockets.Strangers(dnsOn("169.254.20.10"))) == 0 })
 			n.exit()
 			defer removeLink(t, testLink)
 			wantCarried(t, testLink, "10.96.0.10", "192.0.2.9")
