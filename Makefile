@@ -50,7 +50,7 @@ run = go build -C test -o $(CURDIR)/build/$(1) ./$(1) && build/$(1)
 
 FUZZTIME ?= 5m
 # Percent of the plugin's statements.
-MIN_COVERAGE := 85
+MIN_COVERAGE := 86
 
 .DEFAULT_GOAL := coredns
 
@@ -200,7 +200,7 @@ fuzz: ## Run every fuzz test of the plugin for FUZZTIME (5m).
 	done
 
 .PHONY: cover
-cover: deps ## Print the coverage of the plugin's tests, and fail below 85 % (needs root).
+cover: deps ## Print the coverage of the plugin's tests, and fail below 86 % (needs root).
 	go test -count=1 -timeout 20m -coverprofile cover.out \
 		-coverpkg $$(go list . ./internal/... ./plugin/... | grep -v /testkit | paste -sd,) . ./internal/... ./plugin/...
 	@go tool cover -func cover.out | awk -v min=$(MIN_COVERAGE) \

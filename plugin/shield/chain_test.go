@@ -1,0 +1,166 @@
+package shield
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"testing"
+
+	"github.com/coredns/coredns/plugin"
+	"github.com/coredns/coredns/plugin/pkg/dnstest"
+	"github.com/coredns/coredns/plugin/test"
+	"github.com/miekg/dns"
+)
+
+// An upstream answers as it is told, and keeps what it was asked last.
+type upstream struct {
+	answer func(m *dns.Msg)
+	code   int // returned instead, where there is no answer
+	asked  *dns.Msg
+	times  int
+}
+
+func (u *upstream) Name() string { return "upstream" }
+
+func (u *upstream) ServeDNS(_ context.Context, w dns.ResponseWriter, r *dns.Msg) (int, error) {
+	u.asked, u.times = r, u.times+1
+	if u.answer == nil {
+		return u.code, errors.New("no answer")
+	}
+	m := new(dns.Msg).SetReply(r)
+	u.answer(m)
+	w.WriteMsg(m)
+	return m.Rcode, nil
+}
+
+// around is the two halves of shield, with nothing between them.
+func around(u *upstream) plugin.Handler {
+	m := remembering(100)
+	return &Front{Next: back{next: u, memory: m}, memory: m}
+}
+
+func ask(t *testing.T, h plugin.Handler, r *dns.Msg) (*dns.Msg, int) {
+	t.Helper()
+	w := dnstest.NewRecorder(&test.ResponseWriter{})
+	code, _ := h.ServeDNS(t.Context(), w, r)
+	return w.Msg, code
+}
+
+func rr(t *testing.T, text string) dns.RR {
+	t.Helper()
+	r, err := dns.NewRR(text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return r
+}
+
+func withEDNS(name string) *dns.Msg {
+	r := new(dns.Msg).SetQuestion(name, dns.TypeA)
+	return r.SetEdns0(1232, false)
+}
+
+// causes are the extended errors of a response.
+func causes(m *dns.Msg) (codes []uint16) {
+	if o := m.IsEdns0(); o != nil {
+		for _, option := range o.Option {
+			if e, ok := option.(*dns.EDNS0_EDE); ok {
+				codes = append(codes, e.InfoCode)
+			}
+		}
+	}
+	return codes
+}
+
+func TestEverybodyAsksInOneForm(t *testing.T) {
+	u := &upstream{answer: func(m *dns.Msg) { m.Answer = []dns.RR{rr(t, "www.example.org. 60 IN A 192.0.2.1")} }}
+	r := withEDNS("WwW.example.ORG.")
+	r.RecursionDesired = false
+	r.IsEdns0().Option = []dns.EDNS0{&dns.EDNS0_SUBNET{Code: dns.EDNS0SUBNET, Family: 1, SourceNetmask: 24, Address: []byte{192, 0, 2, 0}}}
+	m, _ := ask(t, around(u), r)
+	if q := u.asked; q.Question[0].Name != "www.example.org." || !q.RecursionDesired || len(q.IsEdns0().Option) > 0 {
+		t.Errorf("the upstream is asked %v", q)
+	}
+	if m.Question[0].Name != "WwW.example.ORG." || m.Answer[0].Header().Name != "WwW.example.ORG." || m.RecursionDesired {
+		t.Errorf("the client is answered %v", m)
+	}
+	if r.IsEdns0() == nil || len(r.IsEdns0().Option) != 1 {
+		t.Error("the client's own query is changed")
+	}
+	transfer := new(dns.Msg).SetAxfr("Example.org.")
+	ask(t, around(u), transfer)
+	if u.asked != transfer {
+		t.Errorf("a transfer goes on as %v", u.asked)
+	}
+}
+
+func TestFailureIsRemembered(t *testing.T) {
+	for name, u := range map[string]*upstream{
+		"SERVFAIL":  {answer: func(m *dns.Msg) { m.Rcode = dns.RcodeServerFailure }},
+		"no answer": {code: dns.RcodeServerFailure},
+	} {
+		h := around(u)
+		for range 3 {
+			if m, code := ask(t, h, withEDNS("dead.test.")); code != dns.RcodeServerFailure && (m == nil || m.Rcode != dns.RcodeServerFailure) {
+				t.Errorf("%s: the answer is %v, code %d", name, m, code)
+			}
+		}
+		if u.times != 1 {
+			t.Errorf("%s: the upstream is asked %d times", name, u.times)
+		}
+		if m, _ := ask(t, h, withEDNS("dead.test.")); m == nil || !slices.Contains(causes(m), dns.ExtendedErrorCodeCachedError) {
+			t.Errorf("%s: the client is not told why: %v", name, m)
+		}
+		ask(t, h, withEDNS("other.test."))
+		if u.times != 2 {
+			t.Errorf("%s: another name is not asked for", name)
+		}
+	}
+}
+
+// What the upstream has told of its failure is passed on.
+func TestCauseOfAFailure(t *testing.T) {
+	u := &upstream{answer: func(m *dns.Msg) {
+		m.Rcode = dns.RcodeServerFailure
+		m.SetEdns0(1232, false)
+		m.IsEdns0().Option = []dns.EDNS0{&dns.EDNS0_EDE{InfoCode: dns.ExtendedErrorCodeDNSBogus}}
+	}}
+	h := around(u)
+	for range 2 {
+		if m, _ := ask(t, h, withEDNS("bogus.test.")); m == nil || !slices.Contains(causes(m), dns.ExtendedErrorCodeDNSBogus) {
+			t.Errorf("the client is told %v", m)
+		}
+	}
+}
+
+// A name that had an answer, is denied, and whose servers then fail stays gone.
+func TestDenialIsGivenInPlaceOfAFailure(t *testing.T) {
+	soa := rr(t, "test. 300 IN SOA ns.test. host.test. 1 3600 600 86400 20")
+	u := &upstream{answer: func(m *dns.Msg) { m.Answer = []dns.RR{rr(t, "gone.test. 60 IN A 192.0.2.1")} }}
+	h := around(u)
+	ask(t, h, withEDNS("gone.test."))
+	u.answer = func(m *dns.Msg) { m.Rcode, m.Ns = dns.RcodeNameError, []dns.RR{soa} }
+	m, _ := ask(t, h, withEDNS("gone.test."))
+	if m.Rcode != dns.RcodeNameError || m.Ns[0].Header().Ttl != 20 || soa.Header().Ttl != 300 {
+		t.Errorf("the denial is %v", m)
+	}
+	u.answer, u.code = nil, dns.RcodeServerFailure
+	for range 2 {
+		m, _ = ask(t, h, withEDNS("gone.test."))
+		if m == nil || m.Rcode != dns.RcodeNameError || !slices.Contains(causes(m), dns.ExtendedErrorCodeStaleNXDOMAINAnswer) {
+			t.Fatalf("while its servers fail the name gets %v", m)
+		}
+	}
+}
+
+func TestDenialAtTheEndOfAnAlias(t *testing.T) {
+	u := &upstream{answer: func(m *dns.Msg) {
+		m.Rcode = dns.RcodeNameError
+		m.Answer = []dns.RR{rr(t, "alias.test. 60 IN CNAME nowhere.test.")}
+		m.Ns = []dns.RR{rr(t, "test. 10 IN SOA ns.test. host.test. 1 3600 600 86400 20")}
+	}}
+	m, _ := ask(t, around(u), withEDNS("alias.test."))
+	if len(m.Answer) != 1 || len(m.Ns) != 1 || m.Rcode != dns.RcodeNameError {
+		t.Errorf("the client is answered %v", m)
+	}
+}
