@@ -6,6 +6,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 
@@ -38,6 +39,17 @@ func rows(t *testing.T) (all []row) {
 		all = append(all, r)
 	}
 	return all
+}
+
+// rowNamed is one of the rows.
+func rowNamed(t *testing.T, name string) row {
+	t.Helper()
+	all := rows(t)
+	i := slices.IndexFunc(all, func(r row) bool { return r.name == name })
+	if i < 0 {
+		t.Fatalf("no row %s", name)
+	}
+	return all[i]
 }
 
 // files are what a row has in /etc, by the path from there.
