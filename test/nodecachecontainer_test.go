@@ -56,7 +56,7 @@ func (n *node) contained(image, path, entry string, r row, args ...string) *cont
 		n.must(os.MkdirAll(filepath.Dir(to), 0o755))
 		n.must(os.WriteFile(to, []byte(text), 0o644))
 	}
-	via := []string{"unshare", "--mount", "sh", "-ec", script, "sh", root, n.XtablesLock(), allBut(n, []string{"NET_ADMIN", "NET_BIND_SERVICE", "NET_RAW"}), path, entry}
+	via := []string{"unshare", "--mount", "sh", "-ec", script, "sh", root, n.XtablesLock(), allBut(n, r.caps), path, entry}
 	via = append(append(via, r.env...), "--")
 	via = append(append(append(via, r.args...), args...), "--")
 	return &container{n.launch("", lab.Options{Via: via}), root}

@@ -88,6 +88,36 @@ func TestNodeCacheImages(t *testing.T) {
 	}
 }
 
+// In a pod's own network, to whose address queries are redirected, that address is served too.
+func TestNodeCacheInOwnNetwork(t *testing.T) {
+	r := rowNamed(t, "own-network")
+	n := newNode(t, iptablesNFT)
+	n.eth0()
+	before := n.snapshot()
+	c := n.replacement(r)
+	for _, a := range []string{podIP, "169.254.20.25", "127.0.0.1"} {
+		for _, proto := range protos {
+			if got := answerTo(n.Node, proto, a+":53", "a.cluster.local."); got != "NOERROR/192.0.2.1" {
+				t.Errorf("%s over %s: %s", a, proto, got)
+			}
+		}
+	}
+	c.exit(syscall.SIGTERM)
+	n.same("after the exit", before, n.snapshot())
+
+	// deliveryhero's chart gives no capability there, and node-cache does without the interface.
+	r.caps = []string{"NET_BIND_SERVICE", "NET_RAW"}
+	path, entry := stage(t, "iptables")
+	c = n.contained(imageRoot(t, "iptables"), path, entry, r)
+	n.must(c.WaitServing())
+	n.has(c.Log(), "the interface nodelocaldns is not made")
+	if got := answerTo(n.Node, "udp", podIP+":53", "a.cluster.local."); got != "NOERROR/192.0.2.1" {
+		t.Errorf("without the capability: %s", got)
+	}
+	c.exit(syscall.SIGTERM)
+	n.same("after the exit without the capability", before, n.snapshot())
+}
+
 // What a template for node-cache may name is in the images.
 func TestNodeCachePlugins(t *testing.T) {
 	out, err := exec.Command(binary(t), "-plugins").Output()

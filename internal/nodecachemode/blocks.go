@@ -9,6 +9,9 @@ import (
 	"strings"
 
 	"github.com/coredns/caddy/caddyfile"
+	"golang.org/x/sys/unix"
+
+	"github.com/contentful-labs/coredns-nodecache/internal/nodelinks"
 )
 
 // wildcards are the addresses that stand for all of the node's.
@@ -25,14 +28,14 @@ func (e duplicateError) Error() string {
 // are what whoever wrote the template should know.
 //
 // A template whose blocks bind the wildcard, or nothing, listens on all addresses of the node,
-// which nodecache can't: such a block gets the addresses of -localip instead. Where some blocks
-// name those addresses the others are meant for something else, and stay as they are.
+// which nodecache can't: such a block gets addresses of its own instead (narrow). Where some
+// blocks name those of -localip the others are meant for something else, and stay as they are.
 func (f *Flags) adapt(text, path string, s Settings) (_ string, notes []string, err error) {
 	left := maxImports
 	if text, err = inline(text, path, &left); err != nil {
 		return "", nil, err
 	}
-	text = f.rebind(text, []string{f.Interface})
+	text = rebind(text, []string{f.Interface}, f.locals())
 	blocks, err := parse(text, path)
 	if err != nil {
 		return "", nil, err
@@ -44,6 +47,10 @@ func (f *Flags) adapt(text, path string, s Settings) (_ string, notes []string, 
 	}
 	if !f.SetUpLink && !f.SetUpRules && !slices.ContainsFunc(blocks, f.names) {
 		return text, nil, nil // nothing on the node is ours, as with a pod's own network
+	}
+	if !f.SetUpRules && !slices.ContainsFunc(blocks, f.names) && !mayNetAdmin() {
+		// As with a chart that gives the capability for the rules alone. node-cache goes on without the interface.
+		return text, []string{fmt.Sprintf("-setupinterface: the interface %s is not made, as the process lacks the capability NET_ADMIN; the server blocks listen on all addresses", f.Interface)}, nil
 	}
 	if !slices.ContainsFunc(blocks, f.names) {
 		if text, notes, err = f.narrow(text, path, blocks); err != nil {
@@ -142,21 +149,52 @@ func (f *Flags) split(key string) (zone, port string) {
 	return key, f.Port
 }
 
-// narrow has the blocks that listen on all addresses of the node bind those of -localip.
+// narrow has the blocks that listen on all addresses of the node bind those of -localip. Without
+// firewall rules this may be a pod with a network of its own, whose clients are redirected to its
+// address: there the links that are there are bound too.
 func (f *Flags) narrow(text, path string, blocks []caddyfile.ServerBlock) (string, []string, error) {
+	to, others := f.locals(), "no others"
+	if !f.SetUpRules {
+		names, err := links(f.Interface)
+		if err != nil {
+			return "", nil, err
+		}
+		to, others = strings.Join(append([]string{to}, names...), " "), "those of "+strings.Join(names, ", ")
+	}
 	var notes []string
 	for _, b := range blocks {
 		if anywhere(b) && f.onPort(b) {
-			notes = append(notes, fmt.Sprintf("the server block %s listens on all addresses of the node in the template; here it serves those of -localip (%s) and no others", strings.Join(b.Keys, " "), f.locals()))
+			notes = append(notes, fmt.Sprintf("the server block %s listens on all addresses of the node in the template; here it serves those of -localip (%s) and %s", strings.Join(b.Keys, " "), f.locals(), others))
 		}
 	}
 	text, err := insert(text, path, blocks, func(b caddyfile.ServerBlock) string {
 		if len(binds(b)) == 0 && f.onPort(b) {
-			return "    bind " + f.locals() + "\n"
+			return "    bind " + to + "\n"
 		}
 		return ""
 	})
-	return f.rebind(text, wildcards), notes, err
+	return rebind(text, wildcards, to), notes, err
+}
+
+// mayNetAdmin says whether this process can make an interface, as far as it shows.
+var mayNetAdmin = func() bool {
+	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var data [2]unix.CapUserData
+	err := unix.Capget(&header, &data[0])
+	return err != nil || data[0].Effective&(1<<unix.CAP_NET_ADMIN) != 0
+}
+
+// links are the names of the node's links with addresses for clients, less one and IPVS's.
+var links = func(except string) (names []string, err error) {
+	carriers, err := nodelinks.Carriers()
+	for a, on := range carriers {
+		if a.IsGlobalUnicast() || a.IsLoopback() {
+			names = append(names, on...)
+		}
+	}
+	slices.Sort(names)
+	names = slices.DeleteFunc(slices.Compact(names), func(name string) bool { return name == except || name == nodelinks.IPVS })
+	return names, err
 }
 
 // onPort says whether a block serves DNS on -dns.port.
@@ -167,8 +205,8 @@ func (f *Flags) onPort(b caddyfile.ServerBlock) bool {
 	})
 }
 
-// rebind puts the addresses of -localip in the place of these arguments of bind.
-func (f *Flags) rebind(text string, args []string) string {
+// rebind puts other addresses in the place of these arguments of bind.
+func rebind(text string, args []string, to string) string {
 	var out strings.Builder
 	done := 0
 	for _, p := range parts(text) {
@@ -182,7 +220,7 @@ func (f *Flags) rebind(text string, args []string) string {
 			case t.first:
 				binding = depth == 0 && t.text == "bind"
 			case binding && depth == 0 && slices.Contains(args, t.text):
-				out.WriteString(text[done:t.start] + f.locals())
+				out.WriteString(text[done:t.start] + to)
 				done = t.end
 			}
 		}

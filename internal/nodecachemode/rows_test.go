@@ -15,6 +15,9 @@ var update = flag.Bool("update", false, "write what comes out into the rows")
 // Each row of testdata is a command line, an environment and files, and what comes of them. The
 // end-to-end tests take the same rows to the real programs.
 func TestRows(t *testing.T) {
+	defer func(was func(string) ([]string, error)) { links = was }(links)
+	mayNetAdmin = func() bool { return true }
+	links = func(string) ([]string, error) { return []string{"eth0", "lo"}, nil } // a pod's
 	rows, err := filepath.Glob("testdata/*.txt")
 	if err != nil || len(rows) < 20 {
 		t.Fatalf("%d rows, %v", len(rows), err)
