@@ -3,6 +3,7 @@ package e2e
 import (
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -397,6 +398,24 @@ func TestCustomBlocksAreReloaded(t *testing.T) {
 	answer, err := n.ask(client{"pod", n.Pod}, lab.LinkLocal, "my.example.org.")
 	if err != nil || len(answer.Answer) != 1 {
 		t.Fatalf("the new block does not answer: %v, %v", answer, err)
+	}
+	// An upstream for some names goes before the one for all others.
+	var packets net.PacketConn
+	n.must(n.DNS.Do(func() (err error) { packets, err = net.ListenPacket("udp", resolverAt); return err }))
+	other := &dns.Server{PacketConn: packets, Handler: dns.HandlerFunc(func(w dns.ResponseWriter, q *dns.Msg) {
+		w.WriteMsg(new(dns.Msg).SetRcode(q, dns.RcodeNameError))
+	})}
+	go other.ActivateAndServe()
+	t.Cleanup(func() { other.Shutdown() })
+	mark := running.Mark()
+	override := filepath.Join(filepath.Dir(file), "example.override")
+	n.must(os.WriteFile(override, []byte("upstream other.test "+resolverAt+"\n"), 0o644))
+	n.must(running.WaitReload(mark))
+	for name, rcode := range map[string]int{"a.other.test.": dns.RcodeNameError, "www.example.com.": dns.RcodeSuccess} {
+		answer, err := n.ask(client{"pod", n.Pod}, lab.LinkLocal, name)
+		if err != nil || answer.Rcode != rcode {
+			t.Errorf("%s: %v, %v, want %s", name, answer, err, dns.RcodeToString[rcode])
+		}
 	}
 	n.must(running.WaitLog(change("example.org:53 {\n    import node\n    nonsense\n}\n"), "nonsense"))
 	answer, err = n.ask(client{"pod", n.Pod}, lab.LinkLocal, "my.example.org.")
