@@ -66,6 +66,7 @@ type endpointOf struct {
 	link         string
 	at           string
 	skipteardown bool
+	zone         string // one that is answered there in plain DNS; "" is none
 }
 
 func newConfig() *config {
@@ -117,6 +118,7 @@ func (c *config) add(b *block, hosts, keys []string) error {
 		addrs = append(addrs, a)
 	}
 	var es []desired.Endpoint
+	zones := map[desired.Endpoint]string{}
 	for _, key := range keys {
 		protos, port, err := serverblocks.ParseKey(key)
 		if err != nil {
@@ -129,7 +131,10 @@ func (c *config) add(b *block, hosts, keys []string) error {
 			for _, proto := range protos {
 				e := desired.Endpoint{Addr: a, Proto: proto, Port: port}
 				es = append(es, e)
-				if b.fast != nil && proto == "udp" && len(protos) == 2 { // dns://
+				if len(protos) == 2 { // dns://
+					zones[e] = serverblocks.ZoneOf(key)
+				}
+				if b.fast != nil && proto == "udp" && len(protos) == 2 {
 					at := netip.AddrPortFrom(a, port)
 					c.fastAt[at] = max(c.fastAt[at], b.fast.Entries)
 				}
@@ -150,6 +155,9 @@ func (c *config) add(b *block, hosts, keys []string) error {
 			o.skipteardown = o.skipteardown || b.skipteardown
 		} else {
 			c.wants[e] = &endpointOf{link: b.link, at: b.at, skipteardown: b.skipteardown}
+		}
+		if zone := zones[e]; zone != "" {
+			c.wants[e].zone = zone
 		}
 	}
 	return nil

@@ -8,6 +8,7 @@ import (
 	"github.com/contentful-labs/coredns-nodecache/internal/desired"
 	"github.com/contentful-labs/coredns-nodecache/internal/doctor"
 	"github.com/contentful-labs/coredns-nodecache/internal/loops"
+	"github.com/contentful-labs/coredns-nodecache/internal/ownquery"
 	"github.com/contentful-labs/coredns-nodecache/internal/peers"
 )
 
@@ -25,6 +26,12 @@ func (n *node) site(cfg *config) doctor.Site {
 	}
 	for _, es := range n.want.Rules {
 		s.Untracked = append(s.Untracked, slices.DeleteFunc(slices.Clone(es), func(e desired.Endpoint) bool { return e.Extra })...)
+	}
+	s.Zones = map[desired.Endpoint]string{}
+	for _, e := range s.Untracked {
+		if o := cfg.wants[e]; o != nil && o.zone != "" {
+			s.Zones[e] = o.zone
+		}
 	}
 	if t, ok := n.firewalls[backendIPT].(*iptables); ok {
 		s.Ordered, s.Displaced = t.orders(), t.displaced()
@@ -60,10 +67,18 @@ func (n *node) examineFirst(cfg *config) {
 	go n.doctor.Examine(n.site(cfg), false)
 }
 
+// ownQueryLost is the fault that queries of this process's own do not come here.
+const ownQueryLost = "own_query_lost"
+
+// askItself finds what becomes of queries of this process's own.
+func (n *node) askItself(s doctor.Site) []string {
+	return n.asker.Round(n.exiting, ownquery.Site{Zones: s.Zones, Others: s.Others})
+}
+
 // recheck has that looked at which others may change at any time.
 func (n *node) recheck() {
 	if cfg := n.life.InForce; cfg != nil && !n.exited() {
-		go n.doctor.Recheck(n.site(cfg), doctor.ForeignRuleFirst)
+		go n.doctor.Recheck(n.site(cfg), doctor.ForeignRuleFirst, ownQueryLost)
 	}
 }
 

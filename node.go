@@ -16,6 +16,7 @@ import (
 	"github.com/contentful-labs/coredns-nodecache/internal/doctor"
 	"github.com/contentful-labs/coredns-nodecache/internal/fastpath"
 	"github.com/contentful-labs/coredns-nodecache/internal/life"
+	"github.com/contentful-labs/coredns-nodecache/internal/ownquery"
 	"github.com/contentful-labs/coredns-nodecache/internal/peers"
 	"github.com/contentful-labs/coredns-nodecache/internal/sockets"
 )
@@ -104,6 +105,7 @@ type node struct {
 	syncTick  *time.Ticker
 	syncEvery time.Duration
 	doctor    *doctor.Doctor
+	asker     ownquery.Asker // the doctor's
 	// notInForce is how many endpoints have rules that stand and are not in force.
 	notInForce atomic.Int64
 	// examineTick has the node looked at for faults.
@@ -125,10 +127,10 @@ func newNode() *node {
 		doubtful:  map[string]bool{},
 		slowed:    map[chan struct{}]time.Time{},
 		syncTick:  time.NewTicker(defaultSync),
-		doctor:    doctor.New(doctor.Common),
 
 		examineTick: time.NewTicker(examineEvery),
 	}
+	n.doctor = doctor.New(append(slices.Clone(doctor.Common), doctor.Fault{Name: ownQueryLost, Find: n.askItself}))
 	n.syncTick.Stop()
 	n.exiting, n.beginExit = context.WithCancel(context.Background())
 	n.fast = fastpath.New(&n.answering)

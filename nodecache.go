@@ -15,7 +15,8 @@
 //  5. A planned exit loses no query: what has arrived is answered, and what
 //     arrives later goes to whoever serves next, another process or the cluster.
 //  6. What somebody else removes comes back: at once where the kernel tells of
-//     it, else within the sync interval.
+//     it, else within the sync interval. So it is with a rule that somebody's
+//     comes before, unless he insists, which is told.
 //  7. What is not ours is never touched: an address that another link carries,
 //     a foreign rule, a foreign chain. After the last one has left, the node
 //     reads as before.
@@ -34,13 +35,15 @@ import (
 	"github.com/miekg/dns"
 
 	"github.com/contentful-labs/coredns-nodecache/internal/fastpath"
+	"github.com/contentful-labs/coredns-nodecache/internal/ownquery"
 )
 
 var log = clog.NewWithPlugin("nodecache")
 
 // handler stands early in the plugin chain of a server block. It changes no
 // query and no answer: it only counts what is being answered, so that an exit
-// can wait for it, and tells the ready plugin how the node is.
+// can wait for it, answers what this process asks itself, and tells the ready plugin how
+// the node is.
 type handler struct {
 	next plugin.Handler
 	node *node
@@ -52,6 +55,9 @@ func (handler) Name() string { return "nodecache" }
 
 // ServeDNS implements plugin.Handler.
 func (h handler) ServeDNS(ctx context.Context, w dns.ResponseWriter, r *dns.Msg) (int, error) {
+	if ownquery.Answer(w, r) {
+		return dns.RcodeSuccess, nil
+	}
 	open := h.node.answering.Begin()
 	defer open.Add(-1)
 	if h.fast != nil {

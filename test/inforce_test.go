@@ -27,6 +27,11 @@ var foreignRules = []foreignRule{
 		healthy: "iptables -t raw -I PREROUTING 1 -p udp --dport 54 -j ACCEPT",
 	},
 	{
+		name: "accept of IPv6", backends: []backend{iptablesNFT, iptablesLegacy}, moved: true,
+		rule:    "ip6tables -t raw -I PREROUTING 1 -p udp -j ACCEPT",
+		healthy: "ip6tables -t raw -I PREROUTING 1 -p ipv6-icmp -j ACCEPT",
+	},
+	{
 		name: "chain that accepts pods", backends: []backend{iptablesNFT, iptablesLegacy}, moved: true,
 		rule:    "iptables -t raw -N theirs\niptables -t raw -A theirs -s 10.0.1.0/24 -j ACCEPT\niptables -t raw -I PREROUTING 1 -j theirs",
 		healthy: "iptables -t raw -N theirs\niptables -t raw -A theirs -d 10.0.1.0/24 -j ACCEPT\niptables -t raw -I PREROUTING 1 -j theirs",
@@ -147,10 +152,10 @@ func (n *node) untrackedPods(tracked bool) {
 		}
 	} else {
 		for _, proto := range protos {
-			n.run(lab.Load{From: n.Pod, Proto: proto, To: on(lab.ClusterIP, lab.LinkLocal), Count: 8}, false)
+			n.run(lab.Load{From: n.Pod, Proto: proto, To: on(addrs...), Count: 8}, false)
 		}
 	}
-	entries, err := n.ConntrackEntries(lab.ClusterIP, lab.LinkLocal)
+	entries, err := n.ConntrackEntries(addrs...)
 	n.must(err)
 	if (len(entries) > 0) != tracked {
 		n.Errorf("%d entries of connection tracking, tracked should be %v", len(entries), tracked)

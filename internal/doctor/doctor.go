@@ -67,6 +67,8 @@ type Site struct {
 	// Others asks the other caches on the node what they serve. It returns false where
 	// one of them has not said, or is on its way in or out.
 	Others func() (serves map[desired.Endpoint]bool, known bool)
+	// Zones are a zone of each of Untracked that answers plain DNS.
+	Zones map[desired.Endpoint]string
 	// Ordered tells of a chain that a firewall backend keeps its rules first there. Displaced
 	// are those of Untracked for which it has given that up, with what it says of the rule
 	// before its own. Where there is no such backend both are nil.

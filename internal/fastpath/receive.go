@@ -7,6 +7,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/contentful-labs/coredns-nodecache/internal/ownquery"
 	"github.com/contentful-labs/coredns-nodecache/internal/sockets"
 )
 
@@ -81,7 +82,7 @@ func (l *listener) enter() *serving {
 // open, those that are handed on each.
 func (w *worker) serve(v *serving, p *packets, n int, now int64, open *atomic.Int64, fd uintptr) {
 	var misses [batch]int
-	missed := 0
+	missed, own := 0, 0 // own are misses that are nobody else's
 	for i := range n {
 		q := p.packet(i)
 		if len(q) >= headerLen && !p.cut(i) {
@@ -95,6 +96,9 @@ func (w *worker) serve(v *serving, p *packets, n int, now int64, open *atomic.In
 		}
 		misses[missed] = i
 		missed++
+		if ownquery.Is(q) {
+			own++
+		}
 	}
 	patience := sendFor
 	if w.stuck {
@@ -103,9 +107,10 @@ func (w *worker) serve(v *serving, p *packets, n int, now int64, open *atomic.In
 	w.stuck = p.flush(fd, patience) > 0
 	if n > missed {
 		hitsTotal.Add(float64(n - missed))
+		ownquery.Somebody()
 	}
-	if missed > 0 {
-		missesTotal.Add(float64(missed))
+	if missed > own {
+		missesTotal.Add(float64(missed - own))
 	}
 	for _, i := range misses[:missed] {
 		q := p.packet(i)

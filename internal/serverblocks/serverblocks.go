@@ -87,6 +87,17 @@ func ParseKey(key string) (protos []string, port uint16, err error) {
 	return protos, uint16(p), nil
 }
 
+// ZoneOf returns the zone of a server block's key, such as cluster.local.
+func ZoneOf(key string) string {
+	if _, rest, found := strings.Cut(key, "://"); found {
+		key = rest
+	}
+	if i := strings.LastIndexByte(key, ':'); i >= 0 {
+		key = key[:i]
+	}
+	return key
+}
+
 // ErrorAt is an error of what stands at a position, "file:line". It has the form of those of
 // caddy's parser.
 func ErrorAt(at, format string, args ...any) error {
