@@ -11,6 +11,7 @@ import (
 	"github.com/coredns/caddy"
 
 	"github.com/contentful-labs/coredns-nodecache/internal/desired"
+	"github.com/contentful-labs/coredns-nodecache/internal/footprint"
 	"github.com/contentful-labs/coredns-nodecache/internal/life"
 	"github.com/contentful-labs/coredns-nodecache/internal/plan"
 	"github.com/contentful-labs/coredns-nodecache/internal/serverblocks"
@@ -218,6 +219,9 @@ func (n *node) complete(cfg *config, began time.Time) {
 		n.reduceTo(target)
 	}
 	n.ready.Store(true)
+	if err := footprint.Trim(); err != nil {
+		log.Debugf("%v", err)
+	}
 	lastSync.SetToCurrentTime()
 	n.describe(target)
 	n.examineFirst(cfg)

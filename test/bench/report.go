@@ -158,7 +158,7 @@ const legend = `
 Medians over the rounds, and in brackets the lowest and the highest. p50, p99, p99.9: from when
 the query was sent until its answer came; CPU: of the server for an answer, kernel included;
 machine: of all that ran but the load, which never sleeps; switches: how often a thread of the
-server went to sleep for an answer; RSS: resident memory at the first answer and at the end;
+server went to sleep for an answer; RSS: resident memory a second after the first answer, and at the end;
 start: until the first answer; binary: the program with its shared libraries; lost: queries
 without an answer within a second. Every answer was checked. A measurement in which a server was
 not busy, or the rate not held, was made again, up to three times.
