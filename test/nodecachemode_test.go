@@ -118,6 +118,23 @@ func TestNodeCacheInOwnNetwork(t *testing.T) {
 	n.same("after the exit without the capability", before, n.snapshot())
 }
 
+// Without a template the Corefile of -conf is served, and stays as it is written.
+func TestNodeCacheWithoutTemplate(t *testing.T) {
+	r := rowNamed(t, "no-template")
+	n := newNode(t, iptablesNFT)
+	c := n.replacement(r)
+	n.answersEverybody(true, lab.LinkLocal)
+	path := filepath.Join(c.root, "etc/Corefile")
+	if text := read(t, path); text != r.sections["corefile"] {
+		t.Errorf("/etc/Corefile has become\n%s", text)
+	}
+	n.must(os.WriteFile(path, []byte(strings.Replace(r.sections["corefile"], "bind", "cache 30\n    bind", 1)), 0o644))
+	mark := c.Mark()
+	n.must(c.Signal(syscall.SIGUSR1))
+	n.must(c.WaitReload(mark))
+	n.answersEverybody(false, lab.LinkLocal)
+}
+
 // What a template for node-cache may name is in the images.
 func TestNodeCachePlugins(t *testing.T) {
 	out, err := exec.Command(binary(t), "-plugins").Output()

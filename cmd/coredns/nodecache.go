@@ -93,7 +93,9 @@ func (n *nodeCache) load(serverType string) (caddy.Input, error) {
 		return nil, err
 	}
 	n.served = r.Corefile
-	n.write(r.Corefile)
+	if r.Made && n.Corefile != n.Template {
+		n.write(r.Corefile)
+	}
 	return caddy.CaddyfileInput{Contents: []byte(r.Corefile), Filepath: n.Corefile, ServerTypeName: serverType}, nil
 }
 

@@ -21,6 +21,7 @@ type Source struct {
 // A Reading is what a Source has made.
 type Reading struct {
 	Corefile string
+	Made     bool     // of the template; else it is the Corefile of -conf, with nodecache added
 	Notes    []string // what the template's author should know
 	Invalid  error    // what is wrong with the ConfigMap, of which the last right state is used
 }
@@ -43,6 +44,7 @@ func (s *Source) Read() (r Reading, err error) {
 	if err != nil {
 		return r, fmt.Errorf("reading the template of -basecorefile: %w", err)
 	}
+	r.Made = true
 	settings := s.settings
 	if dir := s.configMap(); dir != "" {
 		var now Settings
