@@ -47,7 +47,11 @@ func (n *node) takeOff(want desired.State, o plan.Others) error {
 	steps := plan.Plan(have, plan.Stage{State: want.Union(adopted)}, o)
 	_, rules := n.carryOut(ctx, steps.Rules)
 	_, links := n.carryOut(ctx, steps.Trim)
-	maps.DeleteFunc(n.netifs, func(name string, _ *netif) bool { return len(want.Links[name]) == 0 })
+	for name := range n.added {
+		if len(want.Links[name]) == 0 {
+			delete(n.netifs, name)
+		}
+	}
 	return errors.Join(rules, links)
 }
 

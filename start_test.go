@@ -149,6 +149,27 @@ func TestFailedStartBesideForeignLink(t *testing.T) {
 	}
 }
 
+// What a killed process has left, and a link that an operator has made, stay as they are.
+func TestFailedStartLeavesWhatItHasAdopted(t *testing.T) {
+	for _, left := range [][]string{{}, {"169.254.20.10", "192.0.2.99"}} {
+		t.Run(fmt.Sprint(left), func(t *testing.T) {
+			newTestLink(t, left...)
+			n, fw := newTestNode(t)
+			before := links(t)
+			fw.say(func() {
+				fw.fault = func(string) error { fw.fault = nil; return errors.New("no rules today") }
+			})
+			wantError(t, n.start(demand(t, "", "", "169.254.20.10", "10.96.0.10")), "no rules today")
+			if after := links(t); !slices.Equal(before, after) {
+				t.Errorf("the links read %q, want %q", after, before)
+			}
+			if names := n.linksInUse(); len(names) != 0 {
+				t.Errorf("%v count as ours", names)
+			}
+		})
+	}
+}
+
 func TestFailedUndoIsReported(t *testing.T) {
 	n, fw := newTestNode(t)
 	fw.say(func() { fw.fault = func(string) error { return errors.New("never") } })

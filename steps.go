@@ -46,6 +46,8 @@ func (n *node) step(ctx context.Context, s plan.Step, c *outcome) error {
 		c.missing[objectAddress] += len(missing)
 		if err == nil || i.made || len(missing) > 0 {
 			c.added[s.Link] = missing
+		} else if len(n.want.Links[s.Link]) == 0 {
+			delete(n.netifs, s.Link) // not ours
 		}
 		return err
 	case plan.Unprefer:
