@@ -121,7 +121,7 @@ func TestKernelWithoutOwnedTables(t *testing.T) {
 	if testkit.Kernel(t, 5, 12) {
 		t.Skip("this kernel has the flag owner: make test-kernels has one without")
 	}
-	n := newNode(t, iptablesNFT)
+	n := newNode(t, backend{iptables: lab.NFT})
 	before := n.snapshot()
 	n.has(n.refuse(n.block(".:53", allAddrs, "firewall nftables"), lab.Options{}), "firewall nftables needs Linux 5.12 or newer")
 	n.same("after the refusal", before, n.snapshot())
