@@ -88,12 +88,16 @@ func TestTwinsOfTwoIptables(t *testing.T) {
 				}
 			}
 			before := n.snapshot()
+			sync := "sync 1s"
+			if os.Getenv("LAB_SCALE") != "" {
+				sync = "sync 20s" // in emulation a check takes seconds
+			}
 			counted := func(at string) string {
-				return strings.Replace(n.corefile("sync 1s"), "errors", "errors\n    prometheus "+at, 1)
+				return strings.Replace(n.corefile(sync), "errors", "errors\n    prometheus "+at, 1)
 			}
 			first := n.serve(counted("127.0.0.1:9253"))
 			second := n.serveWith(counted("127.0.0.1:9254"), lab.Options{Env: []string{"PATH=" + bin + ":" + os.Getenv("PATH")}})
-			for range 4 {
+			for range scale(4) {
 				for _, at := range []string{"127.0.0.1:9253", "127.0.0.1:9254"} {
 					last := n.metrics(at)["last_sync_success_timestamp_seconds"]
 					if !eventually(func() bool { return n.metrics(at)["last_sync_success_timestamp_seconds"] > last }) {
