@@ -3,6 +3,7 @@ package shield
 import (
 	"context"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/coredns/coredns/plugin"
@@ -30,7 +31,7 @@ func (b back) ServeDNS(ctx context.Context, w dns.ResponseWriter, r *dns.Msg) (i
 	}
 	k, began := keyOf(r), time.Now()
 	if f, held := b.held(k, began); held {
-		say(ctx, f.cause, dns.ExtendedErrorCodeCachedError)
+		say(ctx, f.cause, &dns.EDNS0_EDE{InfoCode: dns.ExtendedErrorCodeCachedError})
 		code, err := b.instead(ctx, w, r, k, f.rcode, nil, began)
 		if !plugin.ClientWrite(code) {
 			answered.WithLabelValues(metrics.WithServer(ctx), reasonFailure).Inc()
@@ -44,7 +45,7 @@ func (b back) ServeDNS(ctx context.Context, w dns.ResponseWriter, r *dns.Msg) (i
 	case a.failed != nil:
 		code = a.failed.Rcode
 		cause := causeOf(a.failed)
-		b.fail(k, code, cause, true, began, now)
+		b.fail(k, code, cause, ofTheName(cause), began, now)
 		say(ctx, cause)
 	case a.written:
 		return code, err
@@ -68,23 +69,39 @@ func (b back) instead(ctx context.Context, w dns.ResponseWriter, r *dns.Msg, k k
 	answered.WithLabelValues(metrics.WithServer(ctx), reasonDenial).Inc()
 	d.Id, d.Question = r.Id, slices.Clone(r.Question)
 	d.RecursionDesired, d.CheckingDisabled = r.RecursionDesired, r.CheckingDisabled
-	say(ctx, nil, dns.ExtendedErrorCodeStaleNXDOMAINAnswer)
+	say(ctx, &dns.EDNS0_EDE{InfoCode: dns.ExtendedErrorCodeStaleNXDOMAINAnswer})
 	if werr := w.WriteMsg(d); werr != nil {
 		return dns.RcodeServerFailure, werr
 	}
 	return d.Rcode, err
 }
 
-// causeOf returns the extended error of an upstream's response, if it has one.
-func causeOf(m *dns.Msg) *uint16 {
+// mostText bounds what of an upstream's reason is remembered.
+const mostText = 128
+
+// causeOf returns the extended error of an upstream's response, or nil.
+func causeOf(m *dns.Msg) *dns.EDNS0_EDE {
 	if o := m.IsEdns0(); o != nil {
 		for _, option := range o.Option {
 			if e, ok := option.(*dns.EDNS0_EDE); ok {
-				return &e.InfoCode
+				return &dns.EDNS0_EDE{InfoCode: e.InfoCode, ExtraText: strings.ToValidUTF8(e.ExtraText[:min(len(e.ExtraText), mostText)], "")}
 			}
 		}
 	}
 	return nil
+}
+
+// ofTheName tells whether a failure with this cause, of which an upstream has told, is one of
+// the name, rather than of all that is between here and the servers.
+func ofTheName(cause *dns.EDNS0_EDE) bool {
+	if cause == nil {
+		return true
+	}
+	switch cause.InfoCode {
+	case dns.ExtendedErrorCodeNotReady, dns.ExtendedErrorCodeNoReachableAuthority, dns.ExtendedErrorCodeNetworkError:
+		return false
+	}
+	return true
 }
 
 // answerWriter learns from the answer, and keeps a failure to itself.

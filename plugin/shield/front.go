@@ -159,24 +159,21 @@ type notesKey struct{}
 // notes are the extended errors (RFC 8914) that go with a failure, or with an answer that is
 // given in place of one. A prefetch at the same time may add to them.
 type notes struct {
-	mu    sync.Mutex
-	codes []uint16
+	mu  sync.Mutex
+	all []*dns.EDNS0_EDE // nobody changes them
 }
 
-// say has the client told why it gets what it gets, if it can be told.
-func say(ctx context.Context, cause *uint16, codes ...uint16) {
+// say has the client told why it gets what it gets, if it can be told. A cause may be nil.
+func say(ctx context.Context, causes ...*dns.EDNS0_EDE) {
 	n, ok := ctx.Value(notesKey{}).(*notes)
 	if !ok {
 		return
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	if cause != nil {
-		codes = append([]uint16{*cause}, codes...)
-	}
-	for _, c := range codes {
-		if !slices.Contains(n.codes, c) {
-			n.codes = append(n.codes, c)
+	for _, c := range causes {
+		if c != nil && !slices.ContainsFunc(n.all, func(e *dns.EDNS0_EDE) bool { return e.InfoCode == c.InfoCode }) {
+			n.all = append(n.all, c)
 		}
 	}
 }
@@ -184,26 +181,24 @@ func say(ctx context.Context, cause *uint16, codes ...uint16) {
 func (n *notes) any() bool {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	return len(n.codes) > 0
+	return len(n.all) > 0
 }
 
-// addTo adds those notes that fit a response.
+// addTo adds those notes that fit a response: to a failure all but that of a denial, and to a
+// denial that alone.
 func (n *notes) addTo(m *dns.Msg) {
+	failure := !plugin.ClientWrite(m.Rcode)
+	denial := m.Rcode == dns.RcodeNameError || m.Rcode == dns.RcodeSuccess && soaOf(m) != nil
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	denial := m.Rcode == dns.RcodeNameError || m.Rcode == dns.RcodeSuccess && len(m.Answer) == 0
-	var o *dns.OPT
-	for _, c := range n.codes {
-		stale := c == dns.ExtendedErrorCodeStaleNXDOMAINAnswer
-		if stale && !denial || !stale && m.Rcode == dns.RcodeSuccess || !stale && denial {
+	for _, e := range n.all {
+		if stale := e.InfoCode == dns.ExtendedErrorCodeStaleNXDOMAINAnswer; stale && !denial || !stale && !failure {
 			continue
 		}
-		if o == nil {
-			if o = m.IsEdns0(); o == nil {
-				m.SetEdns0(dns.DefaultMsgSize, false) // which CoreDNS adapts to the client's
-				o = m.IsEdns0()
-			}
+		if m.IsEdns0() == nil {
+			m.SetEdns0(dns.DefaultMsgSize, false) // which CoreDNS adapts to the client's
 		}
-		o.Option = append(o.Option, &dns.EDNS0_EDE{InfoCode: c})
+		o := m.IsEdns0()
+		o.Option = append(o.Option, e)
 	}
 }

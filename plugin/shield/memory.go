@@ -33,9 +33,9 @@ type memory struct {
 // A failure is the last one to resolve a question.
 type failure struct {
 	rcode int
-	cause *uint16   // the upstream's extended error, RFC 8914
-	until time.Time // when it may be asked again
-	times int       // in a row
+	cause *dns.EDNS0_EDE // the upstream's, if it gave one
+	until time.Time      // when it may be asked again
+	times int            // in a row
 }
 
 // A denial is the upstreams' last word on a question that had an answer before.
@@ -68,9 +68,8 @@ func (m *memory) held(k key, now time.Time) (f failure, held bool) {
 	return f, false
 }
 
-// fail remembers that a question that was asked at began could not be resolved. said: an
-// upstream has said so.
-func (m *memory) fail(k key, rcode int, cause *uint16, said bool, began, now time.Time) {
+// fail remembers that a question that was asked at began could not be resolved.
+func (m *memory) fail(k key, rcode int, cause *dns.EDNS0_EDE, ofTheName bool, began, now time.Time) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	last, ok := m.failures.get(k)
@@ -78,7 +77,7 @@ func (m *memory) fail(k key, rcode int, cause *uint16, said bool, began, now tim
 	switch {
 	case !ok || now.Sub(last.until) > m.longest:
 		// It is the first, or the one before was long ago.
-	case said || m.answeredAt.Load() > began.UnixNano():
+	case ofTheName || m.answeredAt.Load() > began.UnixNano():
 		f.times = min(last.times+1, 30)
 	default:
 		// Nothing has been answered meanwhile: it is not for the name, and is over for all
