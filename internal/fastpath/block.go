@@ -4,12 +4,18 @@ import (
 	"context"
 	"fmt"
 	"reflect"
+	"runtime"
 	"slices"
+	"strings"
+	"time"
 
 	"github.com/coredns/coredns/core/dnsserver"
 	"github.com/coredns/coredns/plugin"
 	"github.com/coredns/coredns/plugin/cache"
+	"github.com/coredns/coredns/plugin/loadbalance"
+	querylog "github.com/coredns/coredns/plugin/log"
 	prom "github.com/coredns/coredns/plugin/metrics"
+	"github.com/coredns/coredns/plugin/pkg/response"
 	"github.com/coredns/coredns/plugin/pkg/transport"
 	"github.com/miekg/dns"
 )
@@ -29,6 +35,9 @@ type Block struct {
 	Config  *dnsserver.Config
 	Next    plugin.Handler // behind the plugin that calls Enter
 
+	alike    bool // shield has everybody ask alike
+	turns    bool // loadbalance turns the records of an answer
+	logs     []querylog.Rule
 	items    *items
 	settings cacheSettings
 	metrics  *prom.Metrics // nil: the block has no prometheus
@@ -86,6 +95,22 @@ func (b *Block) attach(self string) error {
 	}
 	h := b.Next
 	for {
+		if lb, ok := h.(loadbalance.LoadBalance); ok {
+			if !turnsEvenly(lb) {
+				return fmt.Errorf("fastpath can't go with the plugin loadbalance but with its policy round_robin and without prefer: change that, or take one of the two out")
+			}
+			b.turns = true
+			h = lb.Next
+			continue
+		}
+		if l, ok := h.(querylog.Logger); ok {
+			if logsAll(l.Rules, b.Config.Zone) {
+				return fmt.Errorf("fastpath can't go with the plugin log where that writes a line for each query: give it the class error or denial, or a zone, or take one of the two out")
+			}
+			b.logs = l.Rules
+			h = l.Next
+			continue
+		}
 		if h == nil {
 			return fmt.Errorf("fastpath needs the plugin cache in the same server block: it sends again what cache has answered")
 		}
@@ -98,6 +123,7 @@ func (b *Block) attach(self string) error {
 			}
 			return refuse(h.Name())
 		}
+		b.alike = h.Name() == "shield"
 		h = nextOf(h)
 	}
 	c := h.(*cache.Cache)
@@ -113,6 +139,46 @@ func (b *Block) attach(self string) error {
 		c.Next = marker{next: c.Next, items: b.items}
 	}
 	return nil
+}
+
+// turnsEvenly tells whether a loadbalance has the policy round_robin and nothing else: then it
+// shuffles with the function of this name.
+func turnsEvenly(lb loadbalance.LoadBalance) bool {
+	f := reflect.ValueOf(lb).FieldByName("shuffle")
+	if f.Kind() != reflect.Func {
+		return false
+	}
+	fn := runtime.FuncForPC(f.Pointer())
+	return fn != nil && strings.HasSuffix(fn.Name(), "/plugin/loadbalance.randomShuffle")
+}
+
+// logsAll tells whether all answers to the names of a zone are logged that are no failures.
+func logsAll(rules []querylog.Rule, zone string) bool {
+	for _, r := range rules {
+		_, all := r.Class[response.All]
+		_, success := r.Class[response.Success]
+		if plugin.Name(r.NameScope).Matches(zone) {
+			return all || success
+		}
+	}
+	return false
+}
+
+// logged tells whether the plugin log has to see the answer each time.
+func (b *Block) logged(m *dns.Msg, now time.Time) bool {
+	for _, r := range b.logs {
+		if !plugin.Name(r.NameScope).Matches(strings.ToLower(m.Question[0].Name)) {
+			continue
+		}
+		kind, opt := response.Typify(m, now)
+		if opt != nil && opt.Do() {
+			return true // of another class when a signature expires
+		}
+		_, all := r.Class[response.All]
+		_, one := r.Class[response.Classify(kind)]
+		return all || one
+	}
+	return false
 }
 
 // nextOf returns the plugin behind h, or nil.

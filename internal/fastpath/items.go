@@ -14,6 +14,7 @@ import (
 
 	"github.com/coredns/coredns/plugin"
 	"github.com/coredns/coredns/plugin/cache"
+	"github.com/coredns/coredns/plugin/cache/freq"
 	"github.com/miekg/dns"
 )
 
@@ -37,7 +38,8 @@ type item struct {
 
 // stored is what an answer from an item has to agree with.
 type stored struct {
-	lo, hi int64 // when it was stored, in ns since the epoch; several at about the same time differ
+	hits   *freq.Freq // the cache plugin's count of the item's hits; nil: it may be one of several
+	lo, hi int64      // when it was stored, in ns since the epoch; several at about the same time differ
 	ttl    uint32
 	shape
 }
@@ -56,8 +58,8 @@ type shape struct {
 var layout = sync.OnceValues(findLayout)
 
 type itemLayout struct {
-	last                                                    uintptr // in cache.ResponseWriter
-	ttl, stored, rcode, answering, answer, authority, extra uintptr // in the item
+	last                                                          uintptr // in cache.ResponseWriter
+	ttl, stored, rcode, answering, answer, authority, extra, hits uintptr // in the item
 }
 
 func findLayout() (l itemLayout, err error) {
@@ -83,6 +85,7 @@ func findLayout() (l itemLayout, err error) {
 	l.answer = field(i, "Answer", rrs)
 	l.authority = field(i, "Ns", rrs)
 	l.extra = field(i, "Extra", rrs)
+	l.hits = field(i, "Freq", reflect.TypeFor[*freq.Freq]())
 	return l, err
 }
 
@@ -105,6 +108,7 @@ func lastItem(w *cache.ResponseWriter) (s stored, ok bool) {
 		s.soa = s.soa || rr.Header().Rrtype == dns.TypeSOA
 	}
 	s.extras = len(*(*[]dns.RR)(unsafe.Add(i, l.extra)))
+	s.hits = *(**freq.Freq)(unsafe.Add(i, l.hits))
 	return s, true
 }
 
@@ -245,6 +249,7 @@ func (it *items) end(key uint64, i *item, new *stored) {
 	case i.several && alike && i.known.ttl == new.ttl:
 		// Which of the two has replaced the other can't be told.
 		i.known.lo, i.known.hi = min(i.known.lo, new.lo), max(i.known.hi, new.hi)
+		i.known.hits = nil
 	case i.several, !alike && i.until > new.lo:
 		// Of two that differ either may be answered from, for as long as it lasts.
 		i.mixed = max(i.mixed, i.until, until)

@@ -89,7 +89,7 @@ func (w *worker) serve(v *serving, p *packets, n int, now int64, open *atomic.In
 			if a := v.table.get(q); a != nil {
 				if ttl, ok := a.ttl(now); ok && !a.pass(now) {
 					p.done(i, a.put(p.reply(), q, ttl))
-					a.counts.add(a.querySize, a.responseSize)
+					a.counts.add(uint16(len(q)), a.responseSize)
 					continue
 				}
 			}

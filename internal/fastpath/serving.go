@@ -1,10 +1,13 @@
 package fastpath
 
 import (
+	"bytes"
 	"context"
+	"math"
 	"net"
 	"net/netip"
 	"reflect"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -166,11 +169,19 @@ func (v *serving) keep(q *query, m *dns.Msg, wire []byte) {
 		return
 	}
 	sh := shape{rcode: m.Rcode, answer: len(m.Answer), ns: len(m.Ns), extras: len(m.Extra)}
+	if q.block.alike && m.Rcode == dns.RcodeNameError {
+		// shield takes an alias out of the authority section, where it has the cache plugin keep it.
+		sh.answer, sh.ns = 0, sh.answer+sh.ns
+	}
 	compress := m.Compress
 	m.Compress = false
 	size := m.Len()
 	m.Compress = compress
-	if m.IsEdns0() != nil {
+	pointers := size != len(wire)
+	if o := m.IsEdns0(); o != nil {
+		if slices.ContainsFunc(o.Option, func(e dns.EDNS0) bool { return e.Option() == dns.EDNS0EDE }) {
+			return // of this moment
+		}
 		sh.extras--
 		size -= optLen // it comes last
 	}
@@ -181,15 +192,27 @@ func (v *serving) keep(q *query, m *dns.Msg, wire []byte) {
 	b, now := q.block, sinceEpoch()
 	keepttl := b.settings.keepttl
 	s, hits, ok := b.items.confirm(q.key, q.item, q.version, sh, ttl, keepttl, q.began, now)
-	if !ok || hits < b.settings.prefetch {
+	if !ok || s.hits == nil && hits < b.settings.prefetch {
 		return
 	}
-	ttls, ok := ttlOffsets(wire)
+	if b.logged(m, time.Now().UTC()) {
+		return
+	}
+	l, ok := layOut(wire)
 	if !ok {
 		return
 	}
-	a := &answer{wire: wire, ttls: ttls, source: q.item, version: q.version, key: q.raw[2:]}
-	a.querySize, a.responseSize = uint16(len(q.raw)), uint16(min(size, 1<<16-1))
+	l.pointers = pointers
+	a := &answer{wire: wire, ttls: l.ttls(), source: q.item, version: q.version, key: keyOf(q.raw, false)}
+	if b.turns && m.Rcode == dns.RcodeSuccess {
+		if a.turned, ok = l.turned(); !ok {
+			return
+		}
+	}
+	if b.alike {
+		a.spell(l, keyOf(q.raw, true))
+	}
+	a.responseSize = uint16(min(size, 1<<16-1))
 	life := int64(s.ttl) * int64(time.Second)
 	a.lo, a.hi = s.lo+life, s.hi+life
 	if keepttl {
@@ -198,12 +221,22 @@ func (v *serving) keep(q *query, m *dns.Msg, wire []byte) {
 	if b.settings.prefetch > 0 {
 		// The cache plugin forgets its count when it has not seen a hit for duration.
 		a.every = int64(b.settings.duration) / 4
+		a.seen, a.window, a.wanted = s.hits, b.settings.duration, int32(min(b.settings.prefetch, math.MaxInt32))
 		left := (int64(s.ttl)*int64(b.settings.percentage) + 99) / 100
 		a.urgent = a.lo - left*int64(time.Second)
 		a.passed.Store(now)
 	}
 	a.counts = v.countsFor(q, m, !s.answering)
 	v.table.add(a, now)
+}
+
+// keyOf returns what the answer to a plain query is kept by.
+func keyOf(q []byte, lower bool) []byte {
+	var form [queryBuffer]byte
+	if n := bare(form[:], q, lower); n > 0 {
+		return bytes.Clone(form[2:n])
+	}
+	return q[2:]
 }
 
 // commonTTL returns the TTL of all records, which the cache plugin makes the same. It

@@ -8,6 +8,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/coredns/coredns/plugin/cache/freq"
 )
 
 const (
@@ -39,18 +41,16 @@ func sinceEpoch() int64 { return int64(time.Since(epoch)) }
 // An answer is a response that can be sent again: the same query gets the same bytes,
 // but for the ID and the TTLs. It does not change once it is in the table.
 type answer struct {
-	key      []byte // the query without its ID
-	wire     []byte // the response
-	ttls     []uint16
-	hash     uint64
-	lo, hi   int64  // its TTL is over between the two, in ns since the epoch
-	constant uint32 // a TTL that does not count down (keepttl), or 0
-	source   *item  // what the cache plugin has answered from
-	version  uint64 // of the source
-	counts   *counts
-	// The sizes that are counted, in bytes: that of the response is the one that it has
-	// before it is made to fit the client.
-	querySize, responseSize uint16
+	key          []byte // the query without its ID
+	wire         []byte // the response
+	ttls         []uint16
+	hash         uint64
+	lo, hi       int64  // its TTL is over between the two, in ns since the epoch
+	constant     uint32 // a TTL that does not count down (keepttl), or 0
+	source       *item  // what the cache plugin has answered from
+	version      uint64 // of the source
+	counts       *counts
+	responseSize uint16 // before it is made to fit the client, as it is counted
 
 	used atomic.Int32 // a hit sets it to asked; each look at its bucket for room takes one off
 
@@ -59,10 +59,21 @@ type answer struct {
 	every  int64 // 0: never
 	urgent int64 // from when on it is to prefetch, in ns since the epoch
 	passed atomic.Int64
+	// seen is where the cache plugin counts hits, if that is known. It is made up there for up
+	// to wanted hits that it has not seen.
+	seen   *freq.Freq
+	window time.Duration
+	wanted int32
+	unseen atomic.Int32
+
+	spelled []uint16 // where the name that was asked for is spelled out, if each client gets its own spelling
+	turned  []turn   // what comes in another order each time
 }
 
 // size is what an answer takes of the memory that a table may have.
-func (a *answer) size() int64 { return int64(len(a.key)+len(a.wire)+2*len(a.ttls)) + overhead }
+func (a *answer) size() int64 {
+	return int64(len(a.key)+len(a.wire)+2*len(a.ttls)+2*len(a.spelled)+turnSize*records(a.turned)) + overhead
+}
 
 // over tells whether a can't be sent any more.
 func (a *answer) over(now int64) bool {
@@ -96,7 +107,25 @@ func (a *answer) pass(now int64) bool {
 	if now >= a.urgent {
 		every, since = min(every, int64(urgentPass)), a.urgent
 	}
-	return (now-last >= every || last < since) && a.passed.CompareAndSwap(last, now)
+	if (now-last >= every || last < since) && a.passed.CompareAndSwap(last, now) {
+		a.makeUp()
+		return true
+	}
+	if a.seen != nil && a.unseen.Load() < a.wanted {
+		a.unseen.Add(1)
+	}
+	return false
+}
+
+// makeUp has the cache plugin know of the hits that it has not seen.
+func (a *answer) makeUp() {
+	if a.seen == nil {
+		return
+	}
+	now := time.Now()
+	for range a.unseen.Swap(0) {
+		a.seen.Update(a.window, now)
+	}
 }
 
 // put writes the response to the query q into dst, which is large enough, and returns
@@ -106,6 +135,15 @@ func (a *answer) put(dst, q []byte, ttl uint32) int {
 	dst[0], dst[1] = q[0], q[1]
 	for _, off := range a.ttls {
 		binary.BigEndian.PutUint32(dst[off:], ttl)
+	}
+	if a.spelled != nil {
+		asked := q[headerLen : headerLen+nameLen(q)]
+		for _, off := range a.spelled {
+			copy(dst[off:], asked)
+		}
+	}
+	for _, t := range a.turned {
+		t.shuffle(dst)
 	}
 	return n
 }
@@ -142,7 +180,24 @@ func (t *answerTable) bucket(hash uint64) int {
 
 // get returns the answer to a packet, or nil.
 func (t *answerTable) get(q []byte) *answer {
-	key := q[2:]
+	if a := t.find(q[2:]); a != nil {
+		return a
+	}
+	var form [queryBuffer]byte
+	if n := bare(form[:], q, true); n > 0 {
+		if a := t.find(form[2:n]); a != nil && a.spelled != nil {
+			return a
+		}
+	}
+	// Without shield the name has to be as it was, which all but a few are.
+	if n := bare(form[:], q, false); n > 0 {
+		return t.find(form[2:n])
+	}
+	return nil
+}
+
+// find returns the answer to a query without its ID, or nil.
+func (t *answerTable) find(key []byte) *answer {
 	hash := maphash.Bytes(t.seed, key)
 	b := &t.buckets[t.bucket(hash)]
 	for i := range b {

@@ -65,12 +65,12 @@ func entry(t testing.TB, n int) (*answer, []byte) {
 	r := new(dns.Msg).SetReply(q)
 	r.Answer = []dns.RR{test.A(fmt.Sprintf("name-%d.example.org. 30 IN A 192.0.2.1", n))}
 	query, wire := packed(t, q), packed(t, r)
-	ttls, ok := ttlOffsets(wire)
+	l, ok := layOut(wire)
 	if !ok {
 		t.Fatal("no TTLs")
 	}
 	far := sinceEpoch() + int64(time.Hour)
-	return &answer{key: query[2:], wire: wire, ttls: ttls, lo: far, hi: far, source: &item{}, counts: &counts{}}, query
+	return &answer{key: query[2:], wire: wire, ttls: l.ttls(), lo: far, hi: far, source: &item{}, counts: &counts{}}, query
 }
 
 func TestAnswerTable(t *testing.T) {

@@ -118,10 +118,11 @@ func (w *clientWriter) WriteMsg(m *dns.Msg) error {
 		}
 		m.Answer, m.Ns = m.Ns[:n:n], m.Ns[n:]
 	}
-	if q := w.r.Question[0].Name; !isLower(q) {
+	q := w.r.Question[0].Name
+	if !isLower(q) {
 		m.Question = slices.Clone(w.r.Question)
-		m.Answer, m.Ns, m.Extra = spelled(m.Answer, q), spelled(m.Ns, q), spelled(m.Extra, q)
 	}
+	m.Answer, m.Ns, m.Extra = spelled(m.Answer, q), spelled(m.Ns, q), spelled(m.Extra, q)
 	if w.notes != nil {
 		w.notes.addTo(m)
 	}
