@@ -160,6 +160,10 @@ SOAK ?= 2h
 soak: deps coredns ## Reload, restart twins, meddle and silence upstreams under load for SOAK, and sample what must not grow (needs root).
 	LAB_SOAK=$(SOAK) go test -C test -count=1 -timeout 0 -v -run TestSoak .
 
+.PHONY: corefile
+corefile: deps coredns ## Measure what the options of the manifests' Corefile are for (needs root).
+	LAB_COREFILE=1 go test -C test -count=1 -timeout 20m -v -run TestCorefileTable .
+
 .PHONY: monitoring-test
 monitoring-test: deps coredns ## Test the alerts and the dashboard with Prometheus (needs root).
 	test/deps promtool prometheus

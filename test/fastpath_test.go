@@ -439,8 +439,10 @@ func between(b, before, after []byte) bool {
 		return t
 	}
 	t, most, least := ttl(&m[0]), ttl(&m[1]), ttl(&m[2])
-	if least > most {
+	if least > most && t > most {
 		most = 3600 // it was prefetched or has expired
+	} else if least > most {
+		least = 0 // not yet then
 	}
 	var wires [2][]byte
 	for i := range wires {

@@ -112,17 +112,20 @@ func soa(ttl, minimum int) string {
 	return fmt.Sprintf("shield.test. %d IN SOA ns.shield.test. hostmaster.shield.test. 1 3600 600 86400 %d", ttl, minimum)
 }
 
-// shielded runs a test with and without fastpath. There is a new upstream for each, and what is
+// shielded runs a test with and without fastpath, and with upstream in the place of forward. There is a new upstream for each, and what is
 // asked goes to the address.
 func shielded(t *testing.T, test func(n *node, a *authority, at netip.Addr)) {
-	for _, c := range []struct{ name, property string }{{"ordinary", ""}, {"fastpath", "fastpath"}} {
+	forward := "forward . " + authorityAt + " {\n        prefer_udp\n        max_fails 0\n    }"
+	for _, c := range []struct{ name, property, asks string }{
+		{"ordinary", "", forward}, {"fastpath", "fastpath", forward}, {"upstream", "", "upstream . " + authorityAt + " {\n        prefer_udp\n    }"},
+	} {
 		t.Run(c.name, func(t *testing.T) {
 			n := newNode(t, backend{lab.NFT, "nftables"})
 			a := n.authority()
 			n.serve(".:53 {\n    bind 169.254.20.10\n    nodecache {\n        firewall nftables\n        " + c.property + "\n    }\n" +
 				"    prometheus 169.254.20.10:9253\n    errors\n    cache {\n        success 9984 30 0\n        denial 9984 5 0\n        prefetch 10 1m 10%\n" +
 				"        serve_stale 1h verify 1s 30s\n        servfail 0\n    }\n    shield\n" +
-				"    forward . " + authorityAt + " {\n        prefer_udp\n        max_fails 0\n    }\n}\n")
+				"    " + c.asks + "\n}\n")
 			test(n, a, lab.LinkLocal)
 		})
 	}
@@ -272,7 +275,7 @@ func (n *node) becomesTTLZero(a *authority, at netip.Addr, name, want string, an
 		})
 	}
 	wg.Wait()
-	if asked := a.queries(name) - had; asked != 100 || wrong.Load() > 0 {
+	if asked := a.queries(name) - had; asked < 100 || wrong.Load() > 0 {
 		n.Errorf("%s: the upstream was asked %d times for 100 queries, of which %d got something else", want, asked, wrong.Load())
 	}
 	a.answers(name, refuses(dns.RcodeServerFailure))
@@ -345,6 +348,32 @@ func (n *node) staysGone(a *authority, at netip.Addr, name, want string, denial,
 	becomes("NOERROR 192.0.2.9")
 }
 
+// A record that can't be read fails its answer, as the README says, and no other.
+func TestUnreadableRecord(t *testing.T) {
+	shielded(t, func(n *node, a *authority, at netip.Addr) {
+		a.answers("", zone(0, "$NAME 30 IN A 192.0.2.1"))
+		a.answers("odd.shield.test.", func(r, m *dns.Msg) *dns.Msg {
+			if r.Question[0].Qtype != dns.TypeHTTPS {
+				return zone(0, "$NAME 30 IN A 192.0.2.1")(r, m)
+			}
+			hdr := dns.RR_Header{Name: r.Question[0].Name, Rrtype: dns.TypeHTTPS, Class: dns.ClassINET, Ttl: 30}
+			// Priority 1, the root, then port (3) before alpn (1).
+			m.Answer = append(m.Answer, &dns.RFC3597{Hdr: hdr, Rdata: "0001" + "00" + "0003000201bb" + "00010003026832"})
+			return m
+		})
+		for range 5 {
+			if m := n.query(at, "odd.shield.test.", dns.TypeHTTPS); m.Rcode != dns.RcodeServerFailure {
+				n.Errorf("%v", m)
+			}
+			for _, name := range []string{"fine.shield.test.", "odd.shield.test."} {
+				if m := n.query(at, name, dns.TypeA); said(m) != "NOERROR 192.0.2.1" {
+					n.Errorf("beside it: %v", m)
+				}
+			}
+		}
+	})
+}
+
 // A failure is remembered for its question, with pauses that grow, and for no other.
 func TestShieldRemembersFailures(t *testing.T) {
 	shielded(t, func(n *node, a *authority, at netip.Addr) {
@@ -359,9 +388,16 @@ func TestShieldRemembersFailures(t *testing.T) {
 			return m
 		})
 		begun := time.Now()
-		sent := 0
-		for a.queries(name) < 3 { // after pauses of 1 and 2 s
+		sent, tries, asked, last := 0, 0, 0, time.Time{}
+		for tries < 3 { // after pauses of 1 and 2 s
 			sent++
+			if q := a.queries(name); q > asked {
+				// upstream may ask twice at once.
+				if asked = q; time.Since(last) > 500*time.Millisecond {
+					tries++
+				}
+				last = time.Now()
+			}
 			if m := n.query(at, name, dns.TypeA); said(m) != "SERVFAIL" || m.IsEdns0() != nil {
 				n.Fatalf("%v", m)
 			}
