@@ -387,15 +387,16 @@ func (s *site) rolled(names ...string) {
 	}))
 }
 
-func (s *site) applied() {
-	// The Service of the manifest is as new as the cache that asks it: until kube-proxy has found
-	// its pods, the cluster's names can't be had through the cache.
-	settling := func(_ string, _ kind, r *lab.Result) string {
-		if r.Answered == 0 || r.Lost+r.Refused > workers {
-			return "want no more than SERVFAIL, until kube-proxy knows the new Service"
-		}
-		return ""
+// settling is the judge while a cache is new. Its Service is as new: until kube-proxy has found the pods
+// behind it, the cluster's names can't be had through the cache.
+func settling(_ string, _ kind, r *lab.Result) string {
+	if r.Answered == 0 || r.Lost+r.Refused > workers {
+		return "want no more than SERVFAIL, until kube-proxy knows the new Service"
 	}
+	return ""
+}
+
+func (s *site) applied() {
 	s.step("apply "+single, kinds[:3], settling, func() {
 		s.kubectl("apply", "-f", path(single))
 		s.rolled("nodecache")

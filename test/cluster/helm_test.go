@@ -33,7 +33,7 @@ func (s *site) helm(args ...string) {
 }
 
 func (s *site) installed() {
-	s.step("helm install", kinds[:3], all, func() {
+	s.step("helm install", kinds[:3], settling, func() {
 		s.helm("install", "nodecache", path(chartDir), "--wait", "--timeout=3m",
 			"--set", "tests.image=cluster.test/ask:1", "--set", "tests.command={/ask,lookup,kubernetes.default.svc.cluster.local}")
 		s.rolled("nodecache")
