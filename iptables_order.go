@@ -65,8 +65,11 @@ func (t *table) obstacles(f family, h hook, own []desired.Endpoint) (found []obs
 	target := map[string]string{"raw": "NOTRACK", "filter": "ACCEPT"}[h.table]
 	var text strings.Builder
 	for line := range strings.Lines(t.text) {
+		if strings.TrimRight(line, "\n") == "COMMIT" {
+			fmt.Fprintf(&text, "-A %s -j %s\n", h.chain, target)
+		}
 		if !strings.HasPrefix(line, "-A "+h.chain+" ") {
-			text.WriteString(strings.Replace(line, "COMMIT", "-A "+h.chain+" -j "+target+"\nCOMMIT", 1))
+			text.WriteString(line)
 		}
 	}
 	r := ruleset.Of(map[family]byte{ipv4: unix.NFPROTO_IPV4, ipv6: unix.NFPROTO_IPV6}[f], text.String())

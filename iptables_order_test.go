@@ -38,6 +38,7 @@ func TestRulesBeforeOurs(t *testing.T) {
 
 		{"accept of others", "raw", []string{"PREROUTING -d 10.96.0.11 -j ACCEPT"}, 0},
 		{"accept of another port", "raw", []string{"PREROUTING -p udp --dport 54 -j ACCEPT"}, 0},
+		{"a comment", "raw", []string{"PREROUTING -p icmp -m comment --comment COMMIT -j ACCEPT"}, 0},
 		{"accept of ICMP", "raw", []string{"PREROUTING -p icmp -j ACCEPT"}, 0},
 		{"notrack and accept", "raw", []string{"PREROUTING -s 10.1.0.0/16 -j NOTRACK", "PREROUTING -s 10.1.0.0/16 -j LOG"}, 0},
 		{"drop", "raw", []string{"PREROUTING -i eth9 -j DROP"}, 0},
