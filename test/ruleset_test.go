@@ -3,6 +3,7 @@ package e2e
 import (
 	"fmt"
 	"math/rand/v2"
+	"net/netip"
 	"strings"
 	"testing"
 	"time"
@@ -69,6 +70,55 @@ func TestRulesetForetells(t *testing.T) {
 	}
 	t.Logf("certain: %v", certain)
 	if scale(150) == 150 && (certain["answered"] < 30 || certain["dropped"] < 30) {
+		t.Errorf("too little is certain: %v", certain)
+	}
+}
+
+// What is said to be certain of a query's being tracked is what connection tracking has,
+// with chains at random before and after a cache's own.
+func TestRulesetForetellsTracking(t *testing.T) {
+	n := newNode(t, nftables)
+	n.serve(n.block(".:53", "169.254.20.10"))
+	ours := func(c ruleset.Chain) bool { return strings.HasPrefix(c.Table, "nodecache-") }
+	query, _, _ := ruleset.PacketsOf("udp", netip.AddrPortFrom(lab.LinkLocal, 53))
+	r := rand.New(rand.NewPCG(3, 4))
+	verdicts := []string{"accept", "notrack", "ct zone set 3", "ct zone set 3", "jump first", "goto first", "return", "counter", "meta mark set 1", "meta mark set meta mark or 2"}
+	certain := map[string]int{}
+	for i := range scale(100) {
+		text := fmt.Sprintf("table inet made { chain first { %s }; chain before { type filter hook prerouting priority %d; %s }; chain after { type filter hook prerouting priority %d; %s }; }",
+			someRules(r, 2, []string{"accept", "ct zone set 3", "return", "meta mark set 1"}), -360-r.IntN(60), someRules(r, 3, verdicts), -340+r.IntN(140), someRules(r, 4, verdicts))
+		if _, err := n.Node.RunInput(text, "nft", "-f", "-"); err != nil {
+			certain["refused"]++
+			continue
+		}
+		said := ""
+		n.must(n.Node.Do(func() error {
+			return ruleset.Look(nil, func(r *ruleset.Ruleset) {
+				tr := r.Tracking(query, unix.NF_INET_PRE_ROUTING, ours)
+				said = map[[2]bool]string{{true, false}: "untracked", {false, true}: "tracked"}[[2]bool{tr.Untracked, tr.Tracked}]
+			})
+		}))
+		certain[said]++
+		n.must(n.FlushConntrack())
+		if _, err := (lab.Load{From: n.Pod, Proto: "udp", To: on(lab.LinkLocal), Count: 1, Timeout: 200 * time.Millisecond}).Run(); err != nil {
+			n.must(err)
+		}
+		entries, err := n.ConntrackEntries(lab.PodAddr)
+		n.must(err)
+		queries := 0
+		for _, e := range entries { // an answer that is tracked has an entry of its own
+			if strings.Contains(e, "src=10.0.1.2 dst=169.254.20.10") {
+				queries++
+			}
+		}
+		if said == "untracked" && queries > 0 || said == "tracked" && queries == 0 {
+			t.Errorf("ruleset %d: said to be %s, and there are %d entries of\n%s\nwith\n%s", i, said, queries, entries, text)
+		}
+		_, err = n.Node.Run("nft", "delete", "table", "inet", "made")
+		n.must(err)
+	}
+	t.Logf("certain: %v", certain)
+	if scale(100) == 100 && (certain["untracked"] < 15 || certain["tracked"] < 15) {
 		t.Errorf("too little is certain: %v", certain)
 	}
 }
