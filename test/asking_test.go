@@ -66,7 +66,7 @@ func (a *askingLab) names(addresses ...string) {
 // corefile has the cluster's names and all others, as the shipped one.
 func (a *askingLab) corefile(cluster, others string) string {
 	block := func(zone, upstream string) string {
-		return zone + ":53 {\nbind 169.254.20.10 10.96.0.10\nnodecache {\nfirewall nftables\n}\nerrors\nprometheus 169.254.20.10:9253\ncache {\nservfail 1s\n}\nupstream . " + upstream + "\n}\n"
+		return zone + ":53 {\nbind 169.254.20.10 10.96.0.10\nnodecache {\nfirewall nftables\n}\nerrors\nprometheus 169.254.20.10:9253\ncache {\nsuccess 9984 30 0\nservfail 0\n}\nshield\nupstream . " + upstream + "\n}\n"
 	}
 	return block("cluster.local", upstreamService.String()+" {\nforce_tcp\nmax_age 60s\n"+cluster+"\n}") +
 		block(".", a.resolv+" {\nprefer_udp\n"+others+"\n}")
@@ -118,7 +118,7 @@ func TestResolvConfIsFollowed(t *testing.T) {
 		a.Helper()
 		a.becomesAddress("example.test.", "SERVFAIL")
 		m, took := a.one("example.test.")
-		if m.Rcode != dns.RcodeServerFailure || took > 2*time.Second {
+		if m.Rcode != dns.RcodeServerFailure || extended(m) != dns.ExtendedErrorCodeNotReady || took > 2*time.Second {
 			a.Errorf("after %v: %v", took, m)
 		}
 		if got := a.addressOf("cluster.local."); got != podSays {
@@ -170,6 +170,18 @@ func TestResolvConfIsFollowed(t *testing.T) {
 			a.Errorf("%d errors in the log", got)
 		}
 	})
+}
+
+// extended is the code of an answer's extended error.
+func extended(m *dns.Msg) uint16 {
+	if o := m.IsEdns0(); o != nil {
+		for _, option := range o.Option {
+			if e, ok := option.(*dns.EDNS0_EDE); ok {
+				return e.InfoCode
+			}
+		}
+	}
+	return dns.ExtendedErrorCodeOther
 }
 
 // Of two DNS pods behind one address one dies, and its connections are reset: no query fails.
@@ -306,6 +318,18 @@ func TestUpstreamIsGone(t *testing.T) {
 	if tally.Failed() > 0 || tally.Late > 0 {
 		t.Error("with one of two: ", tally)
 	}
+	// A name that is asked for all the time is no later than others when it is over.
+	known := lab.Asking{From: a.Pod, To: lab.LinkLocal, Rate: 5, Query: func(int) *dns.Msg { return new(dns.Msg).SetQuestion("same.cluster.local.", dns.TypeA) }}
+	if out, err := known.Within(8 * time.Second); err != nil || out.Right > 0 || out.Lost > 0 {
+		t.Error("one name: ", out, err)
+	}
 	a.must(a.Balance(upstreamService, podAddrs[:]...))
 	a.becomesAddress("cluster.local.", podSays)
+	began := time.Now()
+	if !eventually(func() bool {
+		return exchange(a.Pod, "udp", linkLocal53, "same.cluster.local.", 5*time.Second) == dns.RcodeSuccess
+	}) {
+		t.Error("the name is not answered any more")
+	}
+	t.Logf("answered %v after others", time.Since(began).Round(time.Millisecond))
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -150,7 +151,13 @@ func (q *query) await(a *attempt, until time.Time) ([]byte, error) {
 	msg, err := q.exchange(a)
 	q.leaves(a.c)
 	if err == nil {
-		a.s.pool.put(a.way, a.c)
+		// Behind one address there may be several servers: the connections to those that fail are
+		// not kept, so that in the end all lead to the others.
+		if slices.Contains(a.s.opts.failover, int(msg[3]&rcodeMask)) {
+			a.c.Close()
+		} else {
+			a.s.pool.put(a.way, a.c)
+		}
 		return msg, nil
 	}
 	why := q.over()

@@ -43,6 +43,7 @@ type race struct {
 	u       *Upstream
 	q       *query
 	runners []runner
+	changed <-chan struct{} // closed when there are other servers
 	results chan outcome
 	open    []*attempt
 	made    int       // attempts so far
@@ -64,7 +65,7 @@ type runner struct {
 	*server
 	rank    standing
 	asked   int
-	tcp     bool // it has been asked over TCP, on a new connection
+	tcp     bool // it has been asked over TCP, on a new connection, and has not answered
 	last    *attempt
 	refuses bool // it has answered with one of failover's codes
 	large   bool // it has been asked for a large answer over UDP
@@ -164,6 +165,8 @@ func (c *race) loop() (*dns.Msg, error) {
 				timer.Stop()
 				return m, nil
 			}
+		case <-c.changed:
+			c.join()
 		case <-ending:
 			timer.Stop()
 			return c.best, c.q.over()
@@ -182,6 +185,18 @@ func (c *race) loop() (*dns.Msg, error) {
 		timer.Stop()
 	}
 	return c.end()
+}
+
+// join has servers that have come since the query began asked, now.
+func (c *race) join() {
+	list := c.u.servers.now()
+	c.changed = list.over
+	for _, s := range list.all {
+		if !slices.ContainsFunc(c.runners, func(r runner) bool { return r.server == s }) {
+			c.runners = append(c.runners, runner{server: s})
+			c.due, c.because, c.next = time.Now(), becauseFailed, nil
+		}
+	}
 }
 
 // end is the best that is known when there is no time left, or nothing more to try.
@@ -209,6 +224,14 @@ func (c *race) again() {
 		for _, a := range c.open {
 			first = first || !a.late
 			c.isLate(a)
+			if c.partial && a.way == overTCP {
+				c.large(c.runner(a))
+			}
+		}
+		if c.next != nil {
+			c.due = time.Time{}
+			c.another(becauseTruncated)
+			return
 		}
 		if c.made >= max(fewAttempts, 2*len(c.runners)) {
 			return
@@ -219,7 +242,12 @@ func (c *race) again() {
 			return
 		}
 	}
-	askedAgain.WithLabelValues(c.because).Inc()
+	c.another(c.because)
+}
+
+// another makes the next attempt.
+func (c *race) another(because string) {
+	askedAgain.WithLabelValues(because).Inc()
 	a := c.next
 	if c.next = nil; a == nil {
 		a = c.pick()
@@ -255,7 +283,7 @@ func (c *race) pick() *attempt {
 	a := &attempt{s: best.server, way: best.usualWay(c.q), anew: best.asked > 0}
 	// What did not get through by TCP may by UDP. A connection that had been used before
 	// shows nothing of a new one.
-	if last := best.last; a.way == overTCP && last != nil && last.way == overTCP && last.fresh {
+	if last := best.last; a.way == overTCP && best.tcp && last.way == overTCP && last.fresh {
 		a.way = overUDP
 	}
 	return a
@@ -289,7 +317,10 @@ func (c *race) take(o outcome) *dns.Msg {
 	}
 	r, took := c.runner(o.a), time.Since(o.a.sent)
 	o.a.s.answered(took)
-	if o.a.way == overUDP && r.tcp {
+	switch {
+	case o.a.way == overTCP:
+		r.tcp = false
+	case r.tcp:
 		r.doubtTCP()
 	}
 	m, err := c.unpack(o)
@@ -386,13 +417,14 @@ func (c *race) large(r *runner) {
 }
 
 // refuses keeps an answer that another server may have better, and asks it. A lone server
-// may be several behind one address, of which another one answers.
+// may be several behind one address, of which another one answers: that is tried once for each
+// query, which is not much, as failures are few and the plugins cache and shield remember them.
 func (c *race) refuses(r *runner, m *dns.Msg, took time.Duration) {
 	if c.best == nil {
 		c.best = m
 	}
 	r.refuses = true
-	if c.others() || c.made == 1 && took < quickly && c.u.hedges.take() {
+	if c.others() || took < quickly && (c.made == 1 || c.made < fewAttempts && c.u.hedges.take()) {
 		c.due, c.because = time.Now(), becauseRcode
 		return
 	}

@@ -16,8 +16,9 @@ import (
 )
 
 const (
-	// lookEvery is how often files are read.
-	lookEvery = time.Second
+	// lookEvery is how often files are read, and lookSooner while one of them names no server.
+	lookEvery  = time.Second
+	lookSooner = 200 * time.Millisecond
 	// settles is how long a file that has changed has to stay as it is.
 	settles = 100 * time.Millisecond
 	// mostServers are asked at most, as with forward.
@@ -55,7 +56,7 @@ type servers struct {
 	tell    *teller
 	ours    func(netip.AddrPort) bool // whether this process itself would be asked there
 
-	list  atomic.Pointer[[]*server]
+	list  atomic.Pointer[listing]
 	known map[string]*server
 	files map[string]*followed
 	stop  context.CancelFunc
@@ -69,14 +70,20 @@ type followed struct {
 	named   []netip.AddrPort
 }
 
+// A listing is the servers, as long as these are the ones.
+type listing struct {
+	all  []*server
+	over chan struct{} // closed when there is another one
+}
+
 var errNoServer = errors.New("there is no upstream to ask")
 
 // now are the servers to be asked at this moment.
-func (s *servers) now() []*server {
+func (s *servers) now() *listing {
 	if list := s.list.Load(); list != nil {
-		return *list
+		return list
 	}
-	return nil
+	return &listing{}
 }
 
 // start begins to ask. It reads the files once before it returns.
@@ -114,13 +121,17 @@ func (s *servers) close() {
 
 // follow reads the files again and again, and closes what has been idle.
 func (s *servers) follow(ctx context.Context) {
-	t := time.NewTicker(lookEvery)
-	defer t.Stop()
 	for {
+		pause := lookEvery
+		for _, f := range s.files {
+			if len(f.named) == 0 {
+				pause = lookSooner
+			}
+		}
 		select {
 		case <-ctx.Done():
 			return
-		case <-t.C:
+		case <-time.After(pause):
 		}
 		s.look()
 	}
@@ -213,7 +224,9 @@ func (s *servers) choose() {
 			add(address{at: at, way: overUDP})
 		}
 	}
-	s.list.Store(&list)
+	if old := s.list.Swap(&listing{list, make(chan struct{})}); old != nil {
+		close(old.over)
+	}
 	for name, one := range s.known {
 		if kept[name] == nil {
 			one.close()

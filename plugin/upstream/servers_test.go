@@ -9,6 +9,8 @@ import (
 	"syscall"
 	"testing"
 
+	"github.com/coredns/caddy"
+
 	"github.com/miekg/dns"
 )
 
@@ -19,7 +21,7 @@ func TestFileIsFollowed(t *testing.T) {
 	u := start(t, "upstream . "+file)
 	named := func() string {
 		var all []string
-		for _, s := range u.servers.now() {
+		for _, s := range u.servers.now().all {
 			all = append(all, s.name)
 		}
 		return strings.Join(all, " ")
@@ -58,6 +60,25 @@ func TestFileIsFollowed(t *testing.T) {
 		t.Fatal(err)
 	}
 	check("")
+}
+
+// A query that waits when there come to be other servers is answered by one of these.
+func TestServersChangeWhileAQueryWaits(t *testing.T) {
+	dead, alive := serve(t, false, silence), serve(t, false, answerWith("192.0.2.1"))
+	all, err := parseAll(caddy.NewTestController("dns", "upstream . "+dead.at+" {\npatience 20s\n}"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	u := all[0]
+	u.servers.choose() // what is changed here nobody else follows
+	answer := make(chan *dns.Msg, 1)
+	go func() { answer <- ask(u, "n.example.") }()
+	eventually(t, "it waits", func() bool { return dead.udp.Load() > 0 })
+	u.servers.targets = []target{{address: address{at: netip.MustParseAddrPort(alive.at), way: overUDP}}}
+	u.servers.choose()
+	if m := <-answer; address1(m) != "192.0.2.1" {
+		t.Error(m)
+	}
 }
 
 // FuzzNameservers: whatever stands in a file is read without a fault, and within bounds.

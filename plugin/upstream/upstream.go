@@ -85,7 +85,10 @@ func (u *Upstream) ServeDNS(ctx context.Context, w dns.ResponseWriter, r *dns.Ms
 	if why == reasonFull {
 		return dns.RcodeRefused, nil
 	}
-	alive := slices.ContainsFunc(u.servers.now(), func(s *server) bool { return s.heardSince(began) })
+	alive := slices.ContainsFunc(u.servers.now().all, func(s *server) bool { return s.heardSince(began) })
+	if r.IsEdns0() == nil {
+		return dns.RcodeServerFailure, nil
+	}
 	w.WriteMsg(failure(r, why, alive, err))
 	return dns.RcodeSuccess, nil
 }
@@ -102,7 +105,8 @@ var errUnpackable = errors.New("the query can't be sent on")
 
 // answer gets an answer from one of the servers.
 func (u *Upstream) answer(ctx context.Context, state *request.Request) (*dns.Msg, error) {
-	runners := u.order()
+	list := u.servers.now()
+	runners := u.order(list.all)
 	if len(runners) == 0 {
 		return nil, u.servers.why()
 	}
@@ -115,7 +119,7 @@ func (u *Upstream) answer(ctx context.Context, state *request.Request) (*dns.Msg
 	}
 	defer u.slots.leave(q)
 	u.hedges.earn()
-	c := race{u: u, q: q, runners: runners}
+	c := race{u: u, q: q, runners: runners, changed: list.over}
 	m, err := c.run()
 	if m != nil && c.answered != nil {
 		metadata.SetValueFunc(ctx, "upstream/server", func() string { return c.answered.name })
@@ -124,8 +128,7 @@ func (u *Upstream) answer(ctx context.Context, state *request.Request) (*dns.Msg
 }
 
 // order returns the servers in the order in which they are to be asked.
-func (u *Upstream) order() []runner {
-	all := u.servers.now()
+func (u *Upstream) order(all []*server) []runner {
 	runners := make([]runner, len(all))
 	switch len(all) {
 	case 0:
@@ -201,17 +204,13 @@ func reason(err error) string {
 	return reasonOther
 }
 
-// failure is the answer to a query that has none, with the reason (RFC 8914) if the client
-// knows EDNS. It is No Reachable Authority only where a server was there that gave no answer to
+// failure is the answer to a query with EDNS that has none, with the reason (RFC 8914). It is No Reachable Authority only where a server was there that gave no answer to
 // this very question.
 func failure(r *dns.Msg, why string, alive bool, err error) *dns.Msg {
 	m := new(dns.Msg)
 	m.SetRcode(r, dns.RcodeServerFailure)
 	m.RecursionAvailable = true
 	o := r.IsEdns0()
-	if o == nil {
-		return m
-	}
 	ede := &dns.EDNS0_EDE{InfoCode: dns.ExtendedErrorCodeNetworkError, ExtraText: failing[why]}
 	switch {
 	case why == reasonNoServer:

@@ -205,6 +205,38 @@ func TestFailureOfAll(t *testing.T) {
 	}
 }
 
+// Behind one address may be several servers, of which one fails.
+func TestOneOfSeveralBehindAnAddressFails(t *testing.T) {
+	for _, option := range []string{"prefer_udp", "force_tcp"} {
+		var mu sync.Mutex
+		bad := map[string]bool{} // by the client's address
+		f := serve(t, false, nil)
+		f.is(func(w dns.ResponseWriter, r *dns.Msg) {
+			mu.Lock()
+			from := w.RemoteAddr().String()
+			if _, seen := bad[from]; !seen {
+				bad[from] = len(bad)%2 == 0
+			}
+			fails := bad[from]
+			mu.Unlock()
+			if fails {
+				code(dns.RcodeServerFailure)(w, r)
+				return
+			}
+			answerWith("192.0.2.1")(w, r)
+		})
+		u := start(t, "upstream . "+f.at+" {\n"+option+"\n}")
+		for i := range 50 {
+			if m := ask(u, fmt.Sprintf("n%d.example.", i)); address1(m) != "192.0.2.1" {
+				t.Fatal(option, i, m)
+			}
+		}
+		if n := f.udp.Load() + f.tcp.Load(); n > 60 {
+			t.Errorf("%s: %d queries were sent for 50", option, n)
+		}
+	}
+}
+
 // A silent server costs no more than the patience, and the client is told why.
 func TestPatience(t *testing.T) {
 	f := serve(t, false, silence)
@@ -295,7 +327,7 @@ func TestTCPDoesNotGetThrough(t *testing.T) {
 			if m := ask(u, "first.example."); address1(m) != "192.0.2.1" {
 				t.Fatal(m)
 			}
-			s := u.servers.now()[0]
+			s := u.servers.now().all[0]
 			eventually(t, "it is learnt", func() bool { return !s.tcpKnown() })
 			tcp := f.tcp.Load()
 			for i := range 50 {
@@ -348,7 +380,14 @@ func TestTruncated(t *testing.T) {
 		udpOnly bool
 		do      func(w dns.ResponseWriter, r *dns.Msg)
 		answers int
-	}{{"tcp", false, long, 60}, {"large", true, long, 60}, {"nothing", true, never, 0}} {
+	}{
+		{"tcp", false, long, 60}, {"large", true, long, 60}, {"nothing", true, never, 0},
+		{"large-where-tcp-is-silent", false, func(w dns.ResponseWriter, r *dns.Msg) {
+			if !isTCP(w) {
+				long(w, r)
+			}
+		}, 60},
+	} {
 		t.Run(c.name, func(t *testing.T) {
 			f := serve(t, c.udpOnly, c.do)
 			u := start(t, "upstream . "+f.at+" {\nprefer_udp\n}")
@@ -376,7 +415,7 @@ func TestServerDiesAndComesBack(t *testing.T) {
 	}
 	u.opts.maxFails = 1
 	a.is(silence)
-	first := u.servers.now()[0]
+	first := u.servers.now().all[0]
 	i := 0
 	eventually(t, "it is down", func() bool {
 		if i++; address1(ask(u, fmt.Sprintf("n%d.example.", i))) != "192.0.2.2" {
