@@ -232,7 +232,7 @@ func TestTCPIsFiltered(t *testing.T) {
 				t.Error("large answers: ", tally, err)
 			}
 			a.must(p.WaitLog(0, "answers over UDP, but not over TCP"))
-			if got := strings.Count(p.Log(), "not over TCP"); got > 2 {
+			if got := strings.Count(p.Log(), "but not over TCP"); got > 2 {
 				t.Errorf("said %d times", got)
 			}
 			m := a.metrics()
@@ -289,7 +289,7 @@ func TestDeadNamesBesideGoodOnes(t *testing.T) {
 	if good.Failed() > 0 {
 		t.Error("good names: ", good)
 	}
-	if dead.Refused > 0 || dead.Lost > 0 {
+	if dead.Refused > 0 {
 		t.Error("dead names: ", dead)
 	}
 	if got := strings.Count(p.Log(), "[ERROR]"); got > 10 {

@@ -13,7 +13,7 @@ import (
 	"github.com/miekg/dns"
 )
 
-// What is asked for costs no more than it does with forward. See docs/upstream.md.
+// What is asked for costs no more than it does with forward.
 func BenchmarkMiss(b *testing.B) {
 	f := serveBench(b)
 	for _, option := range []string{"prefer_udp", "force_tcp"} {
