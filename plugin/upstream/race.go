@@ -14,6 +14,9 @@ import (
 const (
 	// againAfter is when a query is sent again in any case: a datagram can get lost.
 	againAfter = time.Second
+	// connectedAfter is how long a connection is waited for before another one is tried: behind one
+	// address may be a server that is gone and one that is not.
+	connectedAfter = 300 * time.Millisecond
 	// fewAttempts are made of a query whose answer is late; more where there are more servers.
 	fewAttempts = 3
 	// mostFailed is how many attempts may fail at once, with growing pauses, before the query does.
@@ -130,7 +133,10 @@ func (c *race) launch(a *attempt) {
 	}
 	c.open = append(c.open, a)
 	c.due, c.because = a.sent.Add(a.s.late()), becauseLate
-	if c.made > 2 {
+	switch {
+	case a.fresh && a.way != overUDP || c.connecting():
+		c.due = a.sent.Add(min(a.s.late(), connectedAfter))
+	case c.made > 2:
 		c.due = a.sent.Add(againAfter)
 	}
 	q, results := c.q, c.results
@@ -233,7 +239,7 @@ func (c *race) again() {
 			c.another(becauseTruncated)
 			return
 		}
-		if c.made >= max(fewAttempts, 2*len(c.runners)) {
+		if !c.connecting() && c.made >= max(fewAttempts, 2*len(c.runners)) {
 			return
 		}
 		// A server that answers others is asked a second time so soon only for a few.
@@ -254,6 +260,12 @@ func (c *race) another(because string) {
 	}
 	c.begins(a)
 	c.launch(a)
+}
+
+// connecting tells whether an attempt has not even got a connection: what is sent there leads
+// nowhere.
+func (c *race) connecting() bool {
+	return slices.ContainsFunc(c.open, func(a *attempt) bool { return !a.connected.Load() })
 }
 
 // latest is the attempt that was begun last of those under way.

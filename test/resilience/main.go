@@ -65,10 +65,15 @@ func run() error {
 			fmt.Printf("| %s | %s | %s |\n", name, subjects[i], cells(t))
 		}
 	}
-	if *day == 0 || *choose != "" {
+	if *choose != "" && !chosen("cost") {
 		return nil
 	}
-	return theDay(program)
+	if *day > 0 && *choose == "" {
+		if err := theDay(program); err != nil {
+			return err
+		}
+	}
+	return theCost(program)
 }
 
 func cells(t *lab.Outcome) string {
