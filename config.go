@@ -15,6 +15,7 @@ import (
 
 	"github.com/contentful-labs/coredns-nodecache/internal/desired"
 	"github.com/contentful-labs/coredns-nodecache/internal/doctor"
+	"github.com/contentful-labs/coredns-nodecache/internal/loops"
 	"github.com/contentful-labs/coredns-nodecache/internal/serverblocks"
 )
 
@@ -43,6 +44,10 @@ type config struct {
 	// fastAt is how many answers are kept for an address with fastpath.
 	fastAt    map[netip.AddrPort]int
 	upstreams []doctor.Upstream
+	askers    []loops.Asker
+	// held are addresses whose queries the cluster is still to answer: no rules are wanted for
+	// them. The node's owner changes it.
+	held map[netip.Addr]bool
 	// restarting is true from OnRestart on, until it is known to have failed.
 	restarting bool
 }
@@ -270,7 +275,7 @@ func (c *config) part(backend func(string) string, skipteardown bool) desired.St
 		}
 	}
 	for e, o := range c.wants {
-		if b := backend(c.links[o.link].backend); b != backendNone && (!skipteardown || o.skipteardown) {
+		if b := backend(c.links[o.link].backend); b != backendNone && !c.held[e.Addr] && (!skipteardown || o.skipteardown) {
 			s.Rules[b] = append(s.Rules[b], e)
 		}
 	}

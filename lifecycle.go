@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
+	"net/netip"
 	"slices"
 	"strings"
 	"time"
@@ -43,6 +45,7 @@ func (n *node) start(cfg *config) error {
 func (n *node) bring(cfg *config) error {
 	began := time.Now()
 	was := n.want
+	cfg.held = nil // of a try that has failed
 	target := cfg.state(n.resolve)
 	want := was.Union(target)
 	// Shown before anything is made: who leaves meanwhile leaves it in place.
@@ -54,6 +57,9 @@ func (n *node) bring(cfg *config) error {
 		err := n.tryPorts(cfg)
 		if err == nil {
 			n.added, err = n.raise(want)
+		}
+		if err == nil {
+			want, err = n.holdBack(cfg, was, want)
 		}
 		if err == nil {
 			return nil
@@ -188,8 +194,12 @@ func (n *node) await(cfg *config, starting bool, began time.Time) {
 			case !n.life.Has(cfg) || n.exited():
 				over = true
 			case !since.IsZero() && (starting || n.life.InForce == cfg || time.Since(since) >= settle):
-				n.complete(cfg, began)
-				over = true
+				if over = true; len(cfg.held) == 0 {
+					n.complete(cfg, began)
+					return nil
+				}
+				n.enforce(cfg.state(n.resolve)) // the rest
+				go n.arrive(cfg, join(slices.SortedFunc(maps.Keys(cfg.held), netip.Addr.Compare)), began)
 			}
 			return nil
 		})

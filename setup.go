@@ -72,7 +72,7 @@ func setup(c *caddy.Controller) error {
 		if err != nil {
 			return plugin.Error(directiveName, err)
 		}
-		cfg.upstreams = upstreamsOf(askers)
+		cfg.askers, cfg.upstreams = askers, upstreamsOf(askers)
 		c.Set(configKey{}, cfg)
 		late, err := otherports.New(c, func() (is, over bool) { return theNode.isInForce(cfg) })
 		if err != nil {

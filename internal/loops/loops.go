@@ -28,7 +28,13 @@ type Asker struct {
 	Zone       string   // the queries for which it sends on
 	To         []string // as the Corefile has them: addresses, and files in the form of resolv.conf
 	OnlyTCP    bool     // force_tcp
+
+	route *route
 }
+
+// Next is the plugins from the first one on that asks, past the cache and the like; nil before
+// CoreDNS has made its servers.
+func (a Asker) Next() plugin.Handler { return a.route.next }
 
 // Guard refuses the Corefile that is being set up if by it a query would feed itself, and has
 // the guards put in. It returns all that ask upstreams. The binds of all its server blocks have
@@ -51,7 +57,7 @@ func Guard(ctx caddy.Context) ([]Asker, error) {
 			if zone == "." && len(r.configs) > 0 {
 				zone = r.configs[0].Zone
 			}
-			askers = append(askers, Asker{s.plugin, s.at, zone, s.texts, s.onlyTCP})
+			askers = append(askers, Asker{s.plugin, s.at, zone, s.texts, s.onlyTCP, r})
 		}
 	}
 	return askers, nil
@@ -95,7 +101,10 @@ func registerGuards(directives []string) {
 		}
 		for i, r := range pendingGuards.routes {
 			g := pendingGuards.guards[i]
-			r.configs[0].AddPlugin(func(next plugin.Handler) plugin.Handler { return guarded{g, next} })
+			r.configs[0].AddPlugin(func(next plugin.Handler) plugin.Handler {
+				r.next = next // the same for all its zones and addresses
+				return guarded{g, next}
+			})
 		}
 		pendingGuards.ctx, pendingGuards.routes, pendingGuards.guards = nil, nil, nil
 		return nil

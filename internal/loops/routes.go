@@ -35,6 +35,7 @@ type route struct {
 	view    bool         // who is answered here can't be told
 	renames bool         // the name that it sends on can't be told
 	loop    bool         // it has the plugin loop
+	next    plugin.Handler
 }
 
 // A stanza is one use of a forwarder.
