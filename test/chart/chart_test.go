@@ -291,7 +291,7 @@ func TestValues(t *testing.T) {
 	}
 	for what, c := range map[string]struct{ got, want string }{
 		"servers":            {data(t, "config: {upstreamServers: [192.0.2.53, 'tls://192.0.2.54']}", "upstream.conf"), "upstream . 192.0.2.53 tls://192.0.2.54 {\n"},
-		"sizes":              {data(t, "config: {cache: {success: 20000, denial: 3000}}", "Corefile"), "success 20000 30\n"},
+		"sizes":              {data(t, "config: {cache: {success: 20000, denial: 3000}}", "Corefile"), "success 20000 30 "},
 		"domains":            {data(t, "config: {extraClusterDomains: [corp.local]}", "values.server"), "corp.local:53 {\n    import cluster\n}\n"},
 		"overrides":          {data(t, "config: {extraOverrides: 'hosts /etc/hosts'}", "values.override"), "hosts /etc/hosts\n"},
 		"addresses":          {data(t, "config: {dnsServer: [10.96.0.10, 10.96.0.9]}", "bind.conf"), "bind 169.254.20.10 10.96.0.10 10.96.0.9\n"},
