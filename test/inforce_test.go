@@ -11,13 +11,13 @@ import (
 // A foreign rule is one that somebody puts where it counts for our packets, with what is to
 // come of it; healthy is one like it that is not for them.
 type foreignRule struct {
-	name           string
-	backends       []backend
-	rule, healthy  string // commands, one a line
-	undo           string // of either
-	moved          bool   // ours come first again
-	fault          string // is told while it stands; "" is none
-	loses, tracked bool   // of pods' queries to the ClusterIP
+	name          string
+	backends      []backend
+	rule, healthy string // commands, one a line
+	undo          string // of either
+	moved         bool   // ours come first again
+	fault         string // is told while it stands; "" is none
+	tracked       bool   // of pods' queries to the ClusterIP
 }
 
 var foreignRules = []foreignRule{

@@ -19,7 +19,6 @@ import (
 // A fake is a server whose behaviour can be changed while it runs.
 type fake struct {
 	at       string
-	port     int
 	udp, tcp atomic.Int64 // queries so far
 	do       atomic.Pointer[func(w dns.ResponseWriter, r *dns.Msg)]
 	udpSrv   *dns.Server

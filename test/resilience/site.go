@@ -25,7 +25,6 @@ var subjects = []string{without, nodeCache, ours}
 var (
 	upstreamService = netip.MustParseAddr("10.96.0.11")
 	podAddrs        = []netip.Addr{netip.MustParseAddr("10.0.2.11"), netip.MustParseAddr("10.0.2.12")}
-	clusterAddr     = netip.MustParseAddr("10.0.2.13")
 	resolverAddrs   = []netip.Addr{netip.MustParseAddr("10.0.2.21"), netip.MustParseAddr("10.0.2.22"), netip.MustParseAddr("10.0.2.23")}
 )
 
