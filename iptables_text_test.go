@@ -3,6 +3,7 @@ package nodecache
 import (
 	"fmt"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -42,6 +43,29 @@ func TestTextOfIPTablesSave(t *testing.T) {
 		}
 		if p := (&xtables{family: ipv4}).rewrite(have, es, standing{}); p.changes() || p.missing > 0 {
 			t.Errorf("%s: %d rules are missing, and this would be written:\n%s", version, p.missing, p.script())
+		}
+	}
+}
+
+// The same rules as the versions of Debian's releases print them, in both variants, and as one
+// version reads what another has written: 1.8.7 does not see the ports of newer ones.
+func TestTextOfVersions(t *testing.T) {
+	files, err := filepath.Glob("testdata/save-*.txt")
+	must(t, err)
+	if len(files) < 10 {
+		t.Fatalf("there are %d texts only", len(files))
+	}
+	es := dnsOn("10.96.0.10", "169.254.20.10")
+	for _, file := range files {
+		b, err := os.ReadFile(file)
+		must(t, err)
+		have := map[string]*table{}
+		for _, name := range []string{"raw", "filter"} {
+			have[name], err = readTable(name, string(b))
+			must(t, err)
+		}
+		if p := (&xtables{family: ipv4}).rewrite(have, es, standing{}); p.changes() || p.missing > 0 {
+			t.Errorf("%s: %d rules are missing, and this would be written:\n%s", file, p.missing, p.script())
 		}
 	}
 }
