@@ -5,7 +5,7 @@
 // /etc/resolv.conf names are those that it names now.
 //
 // setup.go reads the directive. A query takes a place (slots.go), is asked for in a race of attempts
-// (race.go, query.go) over connections (conn.go) to servers of which it is known how they do
+// (race.go, outcome.go, query.go) over connections (conn.go) to servers of which it is known how they do
 // (server.go). servers.go has which those are, and follows files.
 package upstream
 
