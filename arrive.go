@@ -10,6 +10,7 @@ import (
 
 	"github.com/contentful-labs/coredns-nodecache/internal/arrival"
 	"github.com/contentful-labs/coredns-nodecache/internal/desired"
+	"github.com/contentful-labs/coredns-nodecache/internal/outlive"
 	"github.com/contentful-labs/coredns-nodecache/internal/plan"
 )
 
@@ -62,11 +63,12 @@ func (n *node) answeredElsewhere(cfg *config, was desired.State) map[netip.Addr]
 	if len(es) == 0 || len(cfg.askers) == 0 {
 		return nil
 	}
+	held := map[netip.Addr]bool{}
+	defer outlive.Panic("looking whether the cluster answers") // then nothing more is held back
 	addrs, err := arrival.Elsewhere(es)
 	if err != nil {
 		log.Debugf("looking whether the cluster answers: %v", err)
 	}
-	held := map[netip.Addr]bool{}
 	for _, a := range addrs {
 		held[a] = true
 	}
@@ -79,9 +81,16 @@ func (n *node) arrive(cfg *config, held string, began time.Time) {
 	log.Debugf("the cluster answers %s until the upstreams of this cache do", held)
 	ctx, cancel := context.WithTimeout(n.exiting, arriveLimit)
 	defer cancel()
+	n.do(func() error {
+		// Once more, since the kernel may have made an IPv6 address's own route only after it.
+		for link, addrs := range n.want.Links {
+			n.netif(link).unprefer(cfg.heldOf(addrs))
+		}
+		return nil
+	})
 	since := time.Now()
 	if silent := arrival.Await(ctx, cfg.upstreamPlugins()); len(silent) > 0 && n.exiting.Err() == nil {
-		log.Warningf("the upstreams of %s have not answered for %s; taking the queries to %s over from the cluster all the same", strings.Join(silent, " "), arriveLimit, held)
+		log.Warningf("the upstreams of %s have not answered for %s, or with SERVFAIL only; taking the queries to %s over from the cluster all the same", strings.Join(silent, " "), arriveLimit, held)
 	} else if took := time.Since(since); took > time.Second {
 		log.Infof("the cluster has answered the queries to %s for %s more, until the upstreams of this cache did", held, took.Round(time.Millisecond))
 	}
@@ -129,6 +138,10 @@ func (n *node) takeOver(cfg *config) error {
 		}
 	}
 	n.want = want
+	if n.owing { // what is tried again is not to take it away
+		n.goal = n.goal.Union(cfg.state(n.resolve))
+	}
+	n.watch() // of iptables, of which nothing may have stood before
 	return nil
 }
 

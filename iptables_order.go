@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/contentful-labs/coredns-nodecache/internal/desired"
+	"github.com/contentful-labs/coredns-nodecache/internal/outlive"
 	"github.com/contentful-labs/coredns-nodecache/internal/ruleset"
 )
 
@@ -57,6 +58,7 @@ func (x *xtables) before(h hook) *order {
 // where ours accept, it is what drops all of them: to drop some, by their source or link, is
 // for the node's owner to say.
 func (t *table) obstacles(f family, h hook, own []desired.Endpoint) (found []obstacle) {
+	defer outlive.Panic("judging the rules before " + h.chain) // then nothing is moved
 	at := slices.IndexFunc(t.chains[h.builtin], func(line string) bool { return strings.HasSuffix(line, " -j "+h.chain) })
 	if at < 0 || at == 0 && t.chains[h.builtin][0] == "-A "+h.builtin+" "+h.jump() {
 		return nil

@@ -215,7 +215,9 @@ func (x *xtables) rewrite(have map[string]*table, own []desired.Endpoint, o stan
 			p.missing++
 		}
 		c.drop = jumps[min(1, len(jumps)):]
-		if len(mine) > 0 && len(jumps) > 0 && x.before(h).look(have[h.table].obstacles(x.family, h, own)) {
+		if len(mine) == 0 {
+			delete(x.order, h) // nothing of ours is to be in force there
+		} else if len(jumps) > 0 && x.before(h).look(have[h.table].obstacles(x.family, h, own)) {
 			c.insert, c.drop, c.moves = true, jumps, true
 			p.missing++
 		}

@@ -59,7 +59,7 @@ const (
 )
 
 // Await returns the zones of the blocks that answer no query until ctx is done, and none as soon as
-// all do. Whatever is not SERVFAIL or REFUSED is an answer.
+// all do. SERVFAIL is no answer, nor is REFUSED if it is no upstream's: some answer so to whatever is not theirs.
 func Await(ctx context.Context, blocks []Block) (silent []string) {
 	var mu sync.Mutex
 	var wg sync.WaitGroup
@@ -100,7 +100,7 @@ func (b Block) answers(ctx context.Context) bool {
 		if w.rcode >= 0 {
 			rcode = w.rcode
 		}
-		good = (err == nil || w.rcode >= 0) && rcode != dns.RcodeServerFailure && rcode != dns.RcodeRefused
+		good = (err == nil || w.rcode >= 0) && rcode != dns.RcodeServerFailure && (rcode != dns.RcodeRefused || w.rcode >= 0)
 	}()
 	select {
 	case good := <-answered:

@@ -27,22 +27,26 @@ func TestAwait(t *testing.T) {
 	fails := plugin.HandlerFunc(func(context.Context, dns.ResponseWriter, *dns.Msg) (int, error) {
 		return dns.RcodeSuccess, errors.New("no upstream")
 	})
+	full := plugin.HandlerFunc(func(context.Context, dns.ResponseWriter, *dns.Msg) (int, error) {
+		return dns.RcodeRefused, nil // the plugin's own
+	})
 	hangs := plugin.HandlerFunc(func(context.Context, dns.ResponseWriter, *dns.Msg) (int, error) { select {} })
 	panics := plugin.HandlerFunc(func(context.Context, dns.ResponseWriter, *dns.Msg) (int, error) { panic("a bug") })
 	blocks := []Block{
 		{"good.", answering(dns.RcodeNameError)},
 		{"late.", answering(dns.RcodeServerFailure, dns.RcodeRefused, dns.RcodeSuccess)},
 		{"nothing.", nil},
+		{"refused.", answering(dns.RcodeRefused)},
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
 	if silent := Await(ctx, blocks); len(silent) > 0 {
 		t.Errorf("%v are silent", silent)
 	}
-	blocks = append(blocks, Block{".", fails}, Block{"refused.", answering(dns.RcodeRefused)}, Block{"hangs.", hangs}, Block{"panics.", panics})
+	blocks = append(blocks, Block{".", fails}, Block{"full.", full}, Block{"hangs.", hangs}, Block{"panics.", panics})
 	ctx, cancel = context.WithTimeout(context.Background(), 3*askEvery)
 	defer cancel()
-	if silent, want := Await(ctx, blocks), []string{".", "hangs.", "panics.", "refused."}; !slices.Equal(silent, want) {
+	if silent, want := Await(ctx, blocks), []string{".", "full.", "hangs.", "panics."}; !slices.Equal(silent, want) {
 		t.Errorf("%v are silent, want %v", silent, want)
 	}
 }

@@ -56,6 +56,9 @@ func foreignRuleFirst(s Site) (found []string) {
 		}
 	}
 	for _, e := range slices.SortedFunc(maps.Keys(s.Displaced), desired.Compare) {
+		if !slices.Contains(s.Untracked, e) {
+			continue
+		}
 		note(s.Displaced[e]+", where another program has put it again and again, for", e)
 	}
 	for _, what := range slices.Sorted(maps.Keys(why)) {

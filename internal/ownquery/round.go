@@ -170,12 +170,17 @@ func some(es []desired.Endpoint) string {
 	return strings.Join(named, ", ")
 }
 
-// ask sends one query, as any program on the node would.
+// ask sends one query, as any program on the node would. It comes from the address itself, as the
+// routes have it, but for those that a cache which died in its exit has left.
 func ask(ctx context.Context, e desired.Endpoint, zone string) outcome {
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	at := netip.AddrPortFrom(e.Addr, e.Port)
-	conn, err := new(net.Dialer).DialContext(ctx, e.Proto, at.String())
+	self := net.Dialer{LocalAddr: &net.UDPAddr{IP: e.Addr.AsSlice()}}
+	if e.Proto == "tcp" {
+		self.LocalAddr = &net.TCPAddr{IP: e.Addr.AsSlice()}
+	}
+	conn, err := self.DialContext(ctx, e.Proto, at.String())
 	if err != nil {
 		log.Debugf("asking %s: %v", e, err)
 		for _, own := range []error{unix.EMFILE, unix.ENFILE, unix.ENOBUFS, unix.ENOMEM} {

@@ -5,6 +5,7 @@ import (
 	"os/signal"
 	"sync"
 	"syscall"
+	"time"
 
 	"github.com/coredns/caddy"
 )
@@ -13,11 +14,16 @@ import (
 // before it, which the reload plugin sets but once in a process: after a reload by the signal
 // it would never again notice a change of the Corefile.
 var onSignal = sync.OnceFunc(func() {
-	signal.Reset(syscall.SIGUSR1)
+	// Not Reset: in between the signal would end the process.
+	signal.Ignore(syscall.SIGUSR1)
 	c := make(chan os.Signal, 1)
 	signal.Notify(c, syscall.SIGUSR1)
 	go func() {
 		for range c {
+			// caddy knows an instance before it is up, and would begin a second one beside it.
+			for !caddy.Started() {
+				time.Sleep(startedEvery)
+			}
 			log.Info("SIGUSR1: Reloading")
 			if err := reloadNow(); err != nil {
 				log.Errorf("SIGUSR1: %v", err)
@@ -25,6 +31,9 @@ var onSignal = sync.OnceFunc(func() {
 		}
 	}()
 })
+
+// startedEvery is how often it is looked whether the first start is over.
+const startedEvery = 100 * time.Millisecond
 
 func reloadNow() error {
 	in, err := load()
