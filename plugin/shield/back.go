@@ -38,6 +38,7 @@ func (b back) ServeDNS(ctx context.Context, w dns.ResponseWriter, r *dns.Msg) (i
 		}
 		return code, err
 	}
+	defer b.end(k, began)
 	a := &answerWriter{ResponseWriter: w, back: b, key: k}
 	code, err := plugin.NextOrFailure(b.Name(), b.next, ctx, a, r)
 	now := time.Now()
@@ -123,8 +124,8 @@ func (w *answerWriter) WriteMsg(m *dns.Msg) error {
 		case dns.RcodeSuccess, dns.RcodeNameError:
 			if !m.Truncated {
 				m = inCacheForm(m, w.key.qtype)
-				w.back.note(w.key, m, time.Now())
 			}
+			w.back.note(w.key, m, time.Now())
 		}
 	}
 	w.written, w.failed = true, nil

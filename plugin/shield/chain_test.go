@@ -5,6 +5,7 @@ import (
 	"errors"
 	"slices"
 	"testing"
+	"time"
 
 	"github.com/coredns/coredns/plugin"
 	"github.com/coredns/coredns/plugin/pkg/dnstest"
@@ -162,5 +163,99 @@ func TestDenialAtTheEndOfAnAlias(t *testing.T) {
 	m, _ := ask(t, around(u), withEDNS("alias.test."))
 	if len(m.Answer) != 1 || len(m.Ns) != 1 || m.Rcode != dns.RcodeNameError {
 		t.Errorf("the client is answered %v", m)
+	}
+}
+
+// failedBefore has a question have failed, so long ago that the next one who asks tries again.
+func failedBefore(h plugin.Handler, r *dns.Msg) {
+	then := time.Now().Add(-2 * time.Second)
+	h.(*Front).fail(keyOf(r), dns.RcodeServerFailure, nil, true, then, then)
+}
+
+// Queries that fail while others like them are under way are one try, and one pause.
+func TestFailuresAtOnceAreOne(t *testing.T) {
+	u, r := new(upstream), withEDNS("dead.test.")
+	h := around(u)
+	u.answer = func(m *dns.Msg) {
+		if u.times < 8 {
+			ask(t, h, r)
+		}
+		m.Rcode = dns.RcodeServerFailure
+	}
+	ask(t, h, r)
+	if u.times != 8 {
+		t.Fatalf("%d queries are under way at once", u.times)
+	}
+	if f, _ := h.(*Front).failures.get(keyOf(r)); f.times != 1 || time.Until(f.until) > time.Second {
+		t.Errorf("they count as %d tries, with a pause of %v", f.times, time.Until(f.until))
+	}
+	if m := h.(*Front).memory; len(m.asking) > 0 {
+		t.Errorf("%d questions are under way at the end", len(m.asking))
+	}
+}
+
+// A failure says nothing where another one who asked later has had an answer meanwhile.
+func TestLateFailureDoesNotCount(t *testing.T) {
+	for name, answer := range map[string]func(m *dns.Msg){
+		"answer":    func(m *dns.Msg) { m.Answer = []dns.RR{rr(t, "slow.test. 60 IN A 192.0.2.1")} },
+		"denial":    func(m *dns.Msg) { m.Rcode = dns.RcodeNameError },
+		"truncated": func(m *dns.Msg) { m.Truncated = true },
+	} {
+		u, r := new(upstream), withEDNS("slow.test.")
+		h := around(u)
+		u.answer = func(m *dns.Msg) {
+			u.answer = answer
+			ask(t, h, r)
+			m.Rcode = dns.RcodeServerFailure
+		}
+		ask(t, h, r)
+		if ask(t, h, r); u.times != 3 {
+			t.Errorf("%s: the upstream is asked %d times, want 3", name, u.times)
+		}
+	}
+}
+
+// A truncated answer, which is not kept, is one all the same: the client asks again over TCP.
+func TestTruncatedAnswerEndsAFailure(t *testing.T) {
+	for _, rcode := range []int{dns.RcodeSuccess, dns.RcodeNameError} {
+		u, r := new(upstream), withEDNS("big.test.")
+		h := around(u)
+		failedBefore(h, r)
+		u.answer = func(m *dns.Msg) { m.Rcode, m.Truncated = rcode, true }
+		if m, _ := ask(t, h, r); m == nil || !m.Truncated {
+			t.Fatalf("over UDP: %v", m)
+		}
+		u.answer = func(m *dns.Msg) { m.Answer = []dns.RR{rr(t, "big.test. 60 IN A 192.0.2.1")} }
+		if m, _ := ask(t, h, r); m == nil || len(m.Answer) != 1 {
+			t.Errorf("over TCP, after a truncated %s: %v", dns.RcodeToString[rcode], m)
+		}
+		if h.(*Front).answeredAt.Load() == 0 {
+			t.Error("no upstream has answered anything")
+		}
+	}
+}
+
+// A try from which nothing is learned of the name does not keep others from trying.
+func TestTryThatComesToNothing(t *testing.T) {
+	gone, cancel := context.WithCancel(t.Context())
+	cancel()
+	for name, c := range map[string]struct {
+		ctx  context.Context
+		code int
+		say  func(m *dns.Msg)
+	}{
+		"refused here":      {t.Context(), dns.RcodeRefused, nil},
+		"the client's gone": {gone, dns.RcodeServerFailure, nil},
+		"FORMERR":           {t.Context(), 0, func(m *dns.Msg) { m.Rcode = dns.RcodeFormatError }},
+		"FORMERR from here": {t.Context(), dns.RcodeFormatError, nil},
+	} {
+		u, r := &upstream{code: c.code, answer: c.say}, withEDNS("back.test.")
+		h := around(u)
+		failedBefore(h, r)
+		h.ServeDNS(c.ctx, dnstest.NewRecorder(&test.ResponseWriter{}), r)
+		u.answer = func(m *dns.Msg) { m.Answer = []dns.RR{rr(t, "back.test. 60 IN A 192.0.2.1")} }
+		if m, _ := ask(t, h, r); m == nil || len(m.Answer) != 1 || u.times != 2 {
+			t.Errorf("%s: then the client is answered %v, and the upstream asked %d times", name, m, u.times)
+		}
 	}
 }

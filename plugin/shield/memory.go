@@ -28,14 +28,22 @@ type memory struct {
 	denials  recent[key, denial]   // do is false: they are for both
 	answered recent[key, struct{}] // what has had an answer, do is false
 	uncached recent[key, struct{}] // what was last answered with something that can't be kept
+	asking   map[key]tries         // what upstreams are being asked now
 }
 
 // A failure is the last one to resolve a question.
 type failure struct {
 	rcode int
 	cause *dns.EDNS0_EDE // the upstream's, if it gave one
-	until time.Time      // when it may be asked again
-	times int            // in a row
+	at    time.Time
+	until time.Time // when it may be asked again
+	times int       // in a row
+}
+
+// tries are the queries for one question that are under way.
+type tries struct {
+	n        int
+	answered time.Time // when the last answer came to one of them
 }
 
 // A denial is the upstreams' last word on a question that had an answer before.
@@ -46,34 +54,58 @@ type denial struct {
 }
 
 func newMemory(s settings) *memory {
-	m := &memory{settings: s}
+	m := &memory{settings: s, asking: map[key]tries{}}
 	m.failures.most, m.denials.most, m.answered.most, m.uncached.most = s.entries, s.entries, s.entries, s.entries
 	return m
 }
 
 // held returns the failure that is remembered for a question, if it is not to be asked now.
-// If it is, this one is the only one to ask for a while.
+// If it is, this one is the only one to ask for a while, and calls end with the same arguments
+// when it is done.
 func (m *memory) held(k key, now time.Time) (f failure, held bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	f, ok := m.failures.get(k)
-	if !ok {
-		return f, false
-	}
-	if now.Before(f.until) {
+	if ok && now.Before(f.until) {
 		return f, true
 	}
-	f.until = now.Add(patience)
-	m.failures.put(k, f)
+	if ok {
+		f.until = now.Add(patience)
+		m.failures.put(k, f)
+	}
+	t := m.asking[k]
+	t.n++
+	m.asking[k] = t
 	return f, false
 }
 
-// fail remembers that a question that was asked at began could not be resolved.
+// end is for a query for which held was called at began, and that has come to its end. If
+// nothing was learned of the question, the next one may ask.
+func (m *memory) end(k key, began time.Time) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if t := m.asking[k]; t.n > 1 {
+		t.n--
+		m.asking[k] = t
+	} else {
+		delete(m.asking, k)
+	}
+	if f, ok := m.failures.get(k); ok && f.until.Equal(began.Add(patience)) {
+		f.until = began
+		m.failures.put(k, f)
+	}
+}
+
+// fail remembers that a question that was asked at began could not be resolved. What has
+// failed or was answered since then is newer: queries under way at the same time are one try.
 func (m *memory) fail(k key, rcode int, cause *dns.EDNS0_EDE, ofTheName bool, began, now time.Time) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	last, ok := m.failures.get(k)
-	f := failure{rcode: rcode, cause: cause, times: 1}
+	if began.Before(last.at) || began.Before(m.asking[k].answered) {
+		return
+	}
+	f := failure{rcode: rcode, cause: cause, at: now, times: 1}
 	switch {
 	case !ok || now.Sub(last.until) > m.longest:
 		// It is the first, or the one before was long ago.
@@ -87,13 +119,21 @@ func (m *memory) fail(k key, rcode int, cause *dns.EDNS0_EDE, ofTheName bool, be
 	m.failures.put(k, f)
 }
 
-// note remembers what an upstream has answered.
+// note remembers what an upstream has answered. Of a truncated answer that is only that there
+// is one.
 func (m *memory) note(k key, r *dns.Msg, now time.Time) {
 	m.answeredAt.Store(now.UnixNano())
 	keep := keepable(r, k.qtype)
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.failures.drop(k)
+	if t, ok := m.asking[k]; ok {
+		t.answered = now
+		m.asking[k] = t
+	}
+	if r.Truncated {
+		return
+	}
 	if keep {
 		m.uncached.drop(k)
 	} else {
