@@ -29,11 +29,12 @@ func setup(c *caddy.Controller) error {
 	if err != nil {
 		return plugin.Error(directive, err)
 	}
-	ours := ownAddresses(c.Context())
+	ours, in := ownAddresses(c.Context()), serverblocks.Instance()
+	c.OnRestartFailed(closeLeft)
 	for _, u := range all {
 		u.servers.ours = ours
-		c.OnStartup(func() error { u.servers.start(); return nil })
-		c.OnShutdown(func() error { u.servers.close(); return nil })
+		c.OnStartup(func() error { begin(u.servers, in); return nil })
+		c.OnShutdown(func() error { finish(u.servers); return nil })
 	}
 	// The first of a block that takes a name asks for it: each is the next one's handler.
 	for i, u := range all {

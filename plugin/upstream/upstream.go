@@ -6,7 +6,8 @@
 //
 // setup.go reads the directive. A query takes a place (slots.go), is asked for in a race of attempts
 // (race.go, outcome.go, query.go) over connections (conn.go) to servers of which it is known how they do
-// (server.go). servers.go has which those are, and follows files.
+// (server.go). servers.go has which those are, and follows files; left.go closes those of a reload that
+// has failed.
 package upstream
 
 import (
