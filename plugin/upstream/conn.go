@@ -35,6 +35,13 @@ const (
 	countsFrom = 4
 )
 
+const (
+	// udpMaxAge is how old a socket for datagrams gets: who forges an answer has to guess its port.
+	udpMaxAge = 10 * time.Second
+	// mostWrong is how many datagrams a query lets pass that are no answer to it.
+	mostWrong = 32
+)
+
 var (
 	errNotOurs = errors.New("what came is not the answer to what was asked")
 	errClosed  = errors.New("the connection was closed without an answer")
@@ -83,7 +90,7 @@ func (c *conn) receive(wire, buf []byte, n int) ([]byte, error) {
 	if c.stream {
 		return c.receiveStream(wire, buf, n)
 	}
-	for {
+	for range mostWrong {
 		n, err := c.Read(buf)
 		if err != nil {
 			return nil, &partial{buf, 0, err}
@@ -93,6 +100,7 @@ func (c *conn) receive(wire, buf []byte, n int) ([]byte, error) {
 		}
 		// Late answers to what was asked here before, and forged ones.
 	}
+	return nil, errNotOurs
 }
 
 func (c *conn) receiveStream(wire, buf []byte, n int) ([]byte, error) {
@@ -129,7 +137,8 @@ func answers(msg, query []byte) bool {
 		return msg[3]&rcodeMask != 0
 	}
 	end := questionEnd(query)
-	return len(msg) >= end && equalFold(msg[headerLen:end], query[headerLen:end])
+	name := max(headerLen, end-4) // type and class follow
+	return len(msg) >= end && equalFold(msg[headerLen:name], query[headerLen:name]) && bytes.Equal(msg[name:end], query[name:end])
 }
 
 // questionEnd is where the first question of a query of ours ends; its name is not compressed.
@@ -197,7 +206,10 @@ func (p *pool) take(w way) *conn {
 	return nil
 }
 
-func (p *pool) young(c *conn) bool { return p.maxAge == 0 || time.Since(c.born) < p.maxAge }
+func (p *pool) young(c *conn) bool {
+	age := time.Since(c.born)
+	return (p.maxAge == 0 || age < p.maxAge) && (c.stream || age < udpMaxAge)
+}
 
 // put gives a connection back on which nothing is under way.
 func (p *pool) put(w way, c *conn) {

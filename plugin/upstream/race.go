@@ -14,8 +14,10 @@ const (
 	// againAfter is when a query is sent again in any case: a datagram can get lost.
 	againAfter = time.Second
 	// connectedAfter is how long a connection is waited for before another one is tried: behind one
-	// address may be a server that is gone and one that is not.
+	// address may be a server that is gone and one that is not. Where nobody answers any query, the
+	// pause doubles with each attempt from the fourth of a server on.
 	connectedAfter = 300 * time.Millisecond
+	quickPauses    = 3
 	// fewAttempts are made of a query whose answer is late; more where there are more servers.
 	fewAttempts = 3
 	// mostFailed is how many attempts may fail at once, with growing pauses, before the query does.
@@ -134,7 +136,7 @@ func (c *race) launch(a *attempt) {
 	c.due, c.because = a.sent.Add(a.s.late()), becauseLate
 	switch {
 	case a.fresh && a.way != overUDP || c.connecting():
-		c.due = a.sent.Add(min(a.s.late(), connectedAfter))
+		c.due = a.sent.Add(min(a.s.late(), connectedAfter) << c.fruitless())
 	case c.made > 2:
 		c.due = a.sent.Add(againAfter)
 	}
@@ -212,6 +214,9 @@ func (c *race) end() (*dns.Msg, error) {
 	if c.best != nil {
 		return c.best, nil
 	}
+	if why := c.q.over(); why != nil {
+		return nil, why
+	}
 	if c.err == nil {
 		c.err = errPatience
 	}
@@ -267,6 +272,17 @@ func (c *race) connecting() bool {
 	return slices.ContainsFunc(c.open, func(a *attempt) bool { return !a.connected.Load() })
 }
 
+// fruitless is how often the pause between attempts has doubled: not at all while a server that
+// can't be connected to answers other queries.
+func (c *race) fruitless() int {
+	for _, a := range c.open {
+		if !a.connected.Load() && a.s.heardSince(c.q.begun) {
+			return 0
+		}
+	}
+	return max(0, len(c.open)-quickPauses*len(c.runners))
+}
+
 // latest is the attempt that was begun last of those under way.
 func (c *race) latest() *attempt {
 	if len(c.open) == 0 {
@@ -304,6 +320,8 @@ func (c *race) pick() *attempt {
 func (r *runner) cost() int {
 	n := 2 * r.asked
 	switch r.rank {
+	case slow:
+		n++
 	case doubted:
 		n += 3
 	case down:

@@ -44,7 +44,7 @@ type server struct {
 	spread  time.Duration // the smoothed deviation from it
 	heard   time.Time     // when the last answer came
 	failed  int           // probes that got no answer, since one did
-	down    bool          // more than max_fails of them
+	down    bool          // more than max_fails of them, unless that is 0
 	doubted bool          // a query got no answer, and no probe has since
 	probing bool
 	noTCP   bool // TCP does not get through, UDP does
@@ -136,7 +136,7 @@ func (s *server) doubt() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.doubted = true
-	if s.opts.maxFails == 0 || s.probing || s.ctx.Err() != nil {
+	if s.probing || s.ctx.Err() != nil {
 		return
 	}
 	s.probing = true
@@ -171,7 +171,7 @@ func (s *server) probe() {
 			return
 		}
 		s.failed++
-		if s.failed > s.opts.maxFails && !s.down && !s.closed {
+		if s.opts.maxFails > 0 && s.failed > s.opts.maxFails && !s.down && !s.closed {
 			s.down = true
 			serverUp.ill(s.name, 1)
 			s.tell.warn("%s does not answer: %v; others are asked first, and it is asked every %v at most whether it is back", s.name, err, probeEveryMost)

@@ -103,13 +103,17 @@ func (s *slots) makeRoom(newcomer *query) bool {
 	if !long && (counts[most] < s.limit/2 || most == newcomer.domain()) {
 		return false
 	}
+	why := errCrowded
+	if !long {
+		why = errFull // no failure of its name
+	}
 	// Several at a time, so that not every newcomer has to look at them all.
 	left := min(s.limit/16+1, counts[most])
 	for q := s.first; q != nil && left > 0; {
 		next := q.after
 		if q.domain() == most {
 			s.remove(q)
-			q.end(errCrowded)
+			q.end(why)
 			left--
 		}
 		q = next

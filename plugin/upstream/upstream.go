@@ -84,6 +84,7 @@ func (u *Upstream) ServeDNS(ctx context.Context, w dns.ResponseWriter, r *dns.Ms
 	// The plugin errors would write a line for each: these are gathered here.
 	u.tell.error("%s, so queries fail, as the one for %s %s: %v", failing[why], state.QName(), state.Type(), err)
 	if why == reasonFull {
+		// It says nothing of the name: what is returned and not written, nobody remembers.
 		return dns.RcodeRefused, nil
 	}
 	alive := slices.ContainsFunc(u.servers.now().all, func(s *server) bool { return s.heardSince(began) })
