@@ -35,12 +35,14 @@ type Upstream struct {
 func (u Upstream) String() string { return u.Plugin + " at " + u.At }
 
 const (
-	// askFor is how long a server may take to answer; over UDP it is asked askTries times.
-	askFor   = 1500 * time.Millisecond
-	askTries = 2
+	// askFor is how long a server may take to answer.
+	askFor = 1500 * time.Millisecond
 	// mostAsked bounds how many servers are asked.
 	mostAsked = 32
 )
+
+// askTypes is what it is asked for over UDP, one after the other until it answers.
+var askTypes = []uint16{dns.TypeSOA, dns.TypeNS}
 
 // answers is what a server does with a query.
 type answers struct{ udp, tcp error } // nil: it answers
@@ -70,10 +72,12 @@ func (s Site) askAll() map[netip.AddrPort]answers {
 		wg.Go(func() {
 			var a answers
 			both := sync.WaitGroup{}
-			both.Go(func() { a.tcp = ask("tcp", at, zone) })
+			// Each with a question of its own: a server of this very process would take one
+			// that is under way there already for a loop.
+			both.Go(func() { a.tcp = ask("tcp", at, zone, dns.TypeA) })
 			both.Go(func() {
-				for range askTries {
-					if a.udp = ask("udp", at, zone); a.udp == nil {
+				for _, typ := range askTypes {
+					if a.udp = ask("udp", at, zone, typ); a.udp == nil {
 						return
 					}
 				}
@@ -89,9 +93,9 @@ func (s Site) askAll() map[netip.AddrPort]answers {
 }
 
 // ask sends one query. Every answer will do.
-func ask(proto string, at netip.AddrPort, zone string) error {
+func ask(proto string, at netip.AddrPort, zone string, typ uint16) error {
 	m := new(dns.Msg)
-	m.SetQuestion(dns.Fqdn(zone), dns.TypeSOA)
+	m.SetQuestion(dns.Fqdn(zone), typ)
 	ctx, cancel := context.WithTimeout(context.Background(), 2*askFor)
 	defer cancel()
 	_, _, err := (&dns.Client{Net: proto, Timeout: askFor}).ExchangeContext(ctx, m, at.String())

@@ -32,17 +32,21 @@ var onSignal = sync.OnceFunc(func() {
 	}()
 })
 
-// startedEvery is how often it is looked whether the first start is over.
-const startedEvery = 100 * time.Millisecond
+// startedEvery is how often it is looked whether a start is over.
+const startedEvery = 20 * time.Millisecond
 
 func reloadNow() error {
+	// While another reload is under way, and for a moment after it, there are two.
+	all := caddy.Instances()
+	for begun := time.Now(); len(all) > 1 && time.Since(begun) < othersFor; all = caddy.Instances() {
+		time.Sleep(startedEvery)
+	}
+	if len(all) == 0 {
+		return nil // an exit
+	}
 	in, err := load()
 	if err != nil {
 		return err
-	}
-	all := caddy.Instances()
-	if len(all) == 0 {
-		return nil // an exit
 	}
 	caddy.EmitEvent(caddy.InstanceRestartEvent, nil)
 	_, err = all[0].Restart(in)
