@@ -349,17 +349,7 @@ func TestManifestWithoutCustomBlocks(t *testing.T) {
 // although the node's resolvers are nowhere, and nothing gets through to the cluster over TCP.
 func TestComponents(t *testing.T) {
 	n := newNode(t, iptablesNFT)
-	dir := t.TempDir()
-	k8s, err := filepath.Abs(filepath.Join("..", "k8s"))
-	n.must(err)
-	k8s, err = filepath.Rel(dir, k8s)
-	n.must(err)
-	text := "resources: [" + k8s + "/base/single]\ncomponents:\n"
-	for _, name := range []string{"cluster-upstream", "udp", "query-log"} {
-		text += "- " + k8s + "/components/" + name + "\n"
-	}
-	n.must(os.WriteFile(filepath.Join(dir, "kustomization.yaml"), []byte(text), 0o644))
-	m, err := manifest.Build(dir)
+	m, err := manifest.BuildOn(t.TempDir(), filepath.Join("..", "k8s"), "single", "cluster-upstream", "udp", "query-log")
 	n.must(err)
 	p := n.pod(m, m.DaemonSets[0])
 	n.must(os.WriteFile(filepath.Join(n.Dir, "resolv.conf"), []byte("nameserver 203.0.113.1\n"), 0o644))

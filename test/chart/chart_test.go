@@ -67,6 +67,14 @@ var counterparts = map[string]string{
 	"components/port-names":       "config: {upstreamServiceTargetPort: {udp: dns, tcp: dns-tcp}}",
 }
 
+// build builds an overlay, or a component on the base single.
+func build(t *testing.T, name string) (*manifest.Manifest, error) {
+	if component, ok := strings.CutPrefix(name, "components/"); ok {
+		return manifest.BuildOn(t.TempDir(), filepath.Join(root, "k8s"), "single", component)
+	}
+	return manifest.Build(filepath.Join(root, name))
+}
+
 // The chart and the manifests are one: what the defaults come to is the base, and for each overlay and each
 // component there are values.
 func TestChartIsTheManifests(t *testing.T) {
@@ -85,23 +93,7 @@ func TestChartIsTheManifests(t *testing.T) {
 	}
 	for name, values := range counterparts {
 		t.Run(name, func(t *testing.T) {
-			folder := filepath.Join(root, name)
-			if component, ok := strings.CutPrefix(name, "components/"); ok {
-				folder = t.TempDir()
-				up, err := filepath.Abs(filepath.Join(root, "k8s"))
-				if err != nil {
-					t.Fatal(err)
-				}
-				up, err = filepath.Rel(folder, up)
-				if err != nil {
-					t.Fatal(err)
-				}
-				text := "resources:\n- " + up + "/base/single\ncomponents:\n- " + up + "/components/" + component + "\n"
-				if err := os.WriteFile(filepath.Join(folder, "kustomization.yaml"), []byte(text), 0o600); err != nil {
-					t.Fatal(err)
-				}
-			}
-			want, err := manifest.Build(folder)
+			want, err := build(t, name)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -394,19 +386,7 @@ func TestPrometheusOperator(t *testing.T) {
 		}
 	}
 	for _, base := range []string{"single", "ha"} {
-		folder := t.TempDir()
-		up, err := filepath.Abs(filepath.Join(root, "k8s"))
-		if err != nil {
-			t.Fatal(err)
-		}
-		if up, err = filepath.Rel(folder, up); err != nil {
-			t.Fatal(err)
-		}
-		text := "resources:\n- " + up + "/base/" + base + "\ncomponents:\n- " + up + "/components/prometheus-operator\n"
-		if err := os.WriteFile(filepath.Join(folder, "kustomization.yaml"), []byte(text), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		m, err := manifest.Build(folder)
+		m, err := manifest.BuildOn(t.TempDir(), filepath.Join(root, "k8s"), base, "prometheus-operator")
 		if err != nil {
 			t.Fatal(err)
 		}

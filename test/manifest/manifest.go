@@ -10,6 +10,7 @@ import (
 	"maps"
 	"os"
 	"path"
+	"path/filepath"
 	"slices"
 	"strings"
 
@@ -78,6 +79,26 @@ func Read(file string) (*Manifest, error) {
 		return nil, fmt.Errorf("%s: %w", file, err)
 	}
 	return m, nil
+}
+
+// BuildOn builds components on a base, such as single, all of them of the folder k8s. The
+// kustomization that says so is written into dir.
+func BuildOn(dir, k8s, base string, components ...string) (*Manifest, error) {
+	k8s, err := filepath.Abs(k8s)
+	if err == nil {
+		k8s, err = filepath.Rel(dir, k8s) // kustomize takes no other
+	}
+	if err != nil {
+		return nil, fmt.Errorf("building %v on %s: %w", components, base, err)
+	}
+	text := "resources:\n- " + k8s + "/base/" + base + "\ncomponents:\n"
+	for _, c := range components {
+		text += "- " + k8s + "/components/" + c + "\n"
+	}
+	if err := os.WriteFile(filepath.Join(dir, "kustomization.yaml"), []byte(text), 0o600); err != nil {
+		return nil, fmt.Errorf("building %v on %s: %w", components, base, err)
+	}
+	return Build(dir)
 }
 
 // Build builds a kustomization as kubectl apply -k does, and decodes it as Read does.
