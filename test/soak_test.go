@@ -65,7 +65,11 @@ func (s *soak) corefileOf(i int) string {
 	if i%2 == 1 {
 		bind += " 169.254.20.11"
 	}
-	return strings.Replace(s.block(".:53", bind, "sync 1s"), "errors", "errors\n    prometheus 127.0.0.1:9253", 1)
+	properties := []string{"sync 1s"}
+	if s.backend.firewall == "nftables" {
+		properties = append(properties, "fastpath")
+	}
+	return strings.Replace(s.block(".:53", bind, properties...), "errors", "errors\n    prometheus 127.0.0.1:9253", 1)
 }
 
 // cycle does everything once.
@@ -129,7 +133,7 @@ func (s *soak) step(name string, do func()) {
 	s.Helper()
 	var flows []*lab.Flowing
 	for _, c := range s.clients() {
-		f, err := lab.Flow{From: c.ns, To: clusterIPs, Rate: 200, Tag: "-soak"}.Start()
+		f, err := lab.Flow{From: c.ns, To: clusterIPs, Rate: 50, Tag: "-soak"}.Start()
 		s.must(err)
 		flows = append(flows, f)
 	}
