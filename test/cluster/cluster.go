@@ -68,7 +68,8 @@ func New(kit, mode string) (_ *Cluster, err error) {
 			}
 		}
 	}()
-	n := node{Kit: kit, State: c.state, Mode: mode, Cgroup: "/nodecache-test-" + mode, Dummy: HasDummy()}
+	// The cgroup is the whole machine's, where others may run such a cluster too.
+	n := node{Kit: kit, State: c.state, Mode: mode, Cgroup: fmt.Sprintf("/nodecache-test-%s-%d", mode, os.Getpid()), Dummy: HasDummy()}
 	if err := os.RemoveAll(c.state); err != nil {
 		return nil, err
 	}
