@@ -32,7 +32,7 @@ IMAGE_FLAGS ?= $(if $(PLATFORMS),,--load)
 # Tests that run on Debian's kernel: those of the package and those end to end
 # to which the kernel makes a difference, since emulation is 20 to 30 times slower.
 KERNEL_RUN ?= Link|Prefer|Address|Park|Adopt|EnsureMakes|NFT|Exit|Skipteardown|Heart|CoreDNSServes
-E2E_RUN ?= Dummy|LinkStaysDown|WithDefaults|ExitLeavesNodeAsItWas//empty|KillFallsThrough
+E2E_RUN ?= Dummy|LinkStaysDown|WithDefaults|ExitLeavesNodeAsItWas//empty|KillFallsThrough|IPVS
 KERNEL_TIMEOUT ?= 1200
 
 # Which of them continuity measures, by default all: such as EVENTS=SIGTERM,SIGKILL SUBJECTS=nftables.
@@ -73,7 +73,7 @@ e2e: deps coredns image-root ## Run the end-to-end tests alone (needs root).
 
 .PHONY: test-kernel
 test-kernel: coredns ## Run the tests on Debian's kernel, which has the dummy driver, in QEMU.
-	test/deps ip iptables nft xz
+	test/deps ip iptables nft xz ipvsadm
 	mkdir -p build
 	go test -c -o build/nodecache.test .
 	go test -c -o build/sockets.test ./internal/sockets
@@ -90,7 +90,7 @@ SUITES ?=
 
 .PHONY: test-kernels
 test-kernels: coredns ## Run the kernel tests on the kernels and iptables of several releases of Debian (long).
-	test/deps ip iptables nft xz
+	test/deps ip iptables nft xz ipvsadm
 	KERNEL_RUN='$(KERNEL_RUN)' E2E_RUN='$(E2E_RUN)|OtherIptables|TwoIptables|WithoutOwnedTables' KERNEL_TIMEOUT='$(KERNEL_TIMEOUT)' \
 		test/kernels $(SUITES)
 

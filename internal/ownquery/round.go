@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/contentful-labs/coredns-nodecache/internal/desired"
+	"github.com/contentful-labs/coredns-nodecache/internal/nodelinks"
 )
 
 var log = clog.NewWithPlugin("nodecache")
@@ -69,6 +70,7 @@ const (
 	silent
 	elsewhere
 	tracked
+	ipvs
 )
 
 // Round asks, at most until ctx ends, and returns a sentence for each thing that is wrong
@@ -105,6 +107,14 @@ func (a *Asker) Round(ctx context.Context, s Site) (found []string) {
 		for i, e := range asked {
 			if outcomes[i] == elsewhere && (serves[e] || !known) {
 				outcomes[i] = unknown
+			}
+		}
+	}
+	if slices.Contains(outcomes, silent) || slices.Contains(outcomes, elsewhere) {
+		carriers, _ := nodelinks.Carriers() // without it the sentences are those of any other cause
+		for i, e := range asked {
+			if (outcomes[i] == silent || outcomes[i] == elsewhere) && slices.Contains(carriers[e.Addr], nodelinks.IPVS) {
+				outcomes[i] = ipvs
 			}
 		}
 	}
@@ -153,8 +163,9 @@ func (a *Asker) Round(ctx context.Context, s Site) (found []string) {
 
 var said = map[outcome]string{
 	silent:    "queries that this cache itself sends to %s get no answer, although all is in place: look for a rule of a firewall that drops them (nft list ruleset, iptables-save), for a route that leads elsewhere (ip route get), and whether this process gets CPU time",
-	elsewhere: "queries that this cache itself sends to %s are answered by another server, although all is in place: something directs them elsewhere before they come here, such as eBPF in place of kube-proxy (have it direct them to this cache, or bind a local address), IPVS, or a DNAT in the table nat of queries that are tracked",
+	elsewhere: "queries that this cache itself sends to %s are answered by another server, although all is in place: something directs them elsewhere before they come here, such as eBPF in place of kube-proxy (have it direct them to this cache, or bind a local address), or a DNAT in the table nat of queries that are tracked",
 	tracked:   "queries that this cache itself sends to %s come here, but are tracked: a rule of somebody else's has them tracked or ends their way before nodecache's rules (nft list ruleset, iptables-save -t raw); a full connection tracking table loses them",
+	ipvs:      "queries that this cache itself sends to %s are taken by IPVS before any listener sees them, as the link " + nodelinks.IPVS + " carries the address by now: with kube-proxy in IPVS mode bind only a link-local address, such as 169.254.20.10",
 }
 
 // some lists endpoints, of which there may be many.

@@ -12,6 +12,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/contentful-labs/coredns-nodecache/internal/desired"
+	"github.com/contentful-labs/coredns-nodecache/internal/nodelinks"
 	"github.com/contentful-labs/coredns-nodecache/internal/testkit"
 )
 
@@ -111,6 +112,27 @@ func TestRounds(t *testing.T) {
 				t.Errorf("once all is well it says %q, the gauge is %v", found, arrival(t))
 			}
 		})
+	}
+}
+
+// IPVS that comes after the start is named as the one who takes the queries to its addresses.
+func TestRoundsBesideIPVS(t *testing.T) {
+	s, zones := serve(t)
+	testkit.Link(t, nodelinks.IPVS, "127.0.0.1")
+	for name, how := range map[string]func(dns.ResponseWriter, *dns.Msg){"silence": isSilent, "another server": answersOthers, "all is well": answersItself} {
+		s.how.Store(how)
+		var a Asker
+		var found []string
+		for range roundsLost {
+			found = a.Round(t.Context(), Site{Zones: zones})
+		}
+		if name == "all is well" {
+			if len(found) > 0 {
+				t.Errorf("%s: it says %q", name, found)
+			}
+		} else if len(found) != 1 || !strings.Contains(found[0], " 127.0.0.1:53/udp, 127.0.0.1:53/tcp are taken by IPVS") {
+			t.Errorf("%s: it says %q, want IPVS named", name, found)
+		}
 	}
 }
 
