@@ -61,7 +61,7 @@ func TestNFTWithManyDescriptorsOpen(t *testing.T) {
 		remove(t, fw)
 	}
 	must(t, removeFromNFT(ipv4))
-	doctor.New(doctor.Common).Examine(doctor.Site{Untracked: es}, false)
+	<-doctor.New(doctor.Common).Examine(doctor.Site{Untracked: es}, false)
 	if after := exported(t, "look_panics_total"); after != before {
 		t.Errorf("%v looks panicked", after-before)
 	}

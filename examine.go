@@ -64,7 +64,7 @@ func (n *node) othersServe() (map[desired.Endpoint]bool, bool) {
 // examineFirst has the node examined for a configuration that is in force from now on.
 func (n *node) examineFirst(cfg *config) {
 	n.examineTick.Reset(examineEvery)
-	go n.doctor.Examine(n.site(cfg), false)
+	n.doctor.Examine(n.site(cfg), false)
 }
 
 // ownQueryLost is the fault that queries of this process's own do not come here.
@@ -85,6 +85,6 @@ func (n *node) recheck() {
 // examineAgain has it examined from time to time.
 func (n *node) examineAgain() {
 	if cfg := n.life.InForce; cfg != nil && !n.exited() {
-		go n.doctor.Examine(n.site(cfg), true)
+		n.doctor.Examine(n.site(cfg), true)
 	}
 }

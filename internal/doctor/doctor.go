@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/coredns/coredns/plugin"
@@ -97,6 +98,8 @@ type Doctor struct {
 	faults   []Fault
 	patience time.Duration // bounds the look for one fault
 
+	configurations atomic.Int64 // how many have come to be examined
+
 	mu    sync.Mutex      // keeps two examinations from running at once
 	found map[string]int  // by fault, in the last examination
 	busy  map[string]bool // looks that have not come to an end in time
@@ -110,12 +113,24 @@ func New(faults []Fault) *Doctor {
 	return &Doctor{faults: faults, patience: 30 * time.Second, busy: map[string]bool{}, found: map[string]int{}}
 }
 
-// Examine looks for faults and tells of each; again says that it has done so before for
-// this configuration, and that only news count.
-func (d *Doctor) Examine(s Site, again bool) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	d.examine(s, again, func(Fault) bool { return true })
+// Examine begins to look for faults and to tell of each, and returns what is closed when that
+// is over; again says that it has done so before for this configuration, and that only news
+// count. Of those that wait for one under way, as after reloads in a row, only that of the
+// last configuration is made.
+func (d *Doctor) Examine(s Site, again bool) (over <-chan struct{}) {
+	if !again {
+		d.configurations.Add(1)
+	}
+	asked, done := d.configurations.Load(), make(chan struct{})
+	go func() {
+		defer close(done)
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		if asked == d.configurations.Load() {
+			d.examine(s, again, func(Fault) bool { return true })
+		}
+	}()
+	return done
 }
 
 // Recheck looks, between two examinations, for the faults of these names only. Where an

@@ -171,13 +171,13 @@ func TestExaminationSurvives(t *testing.T) {
 		Fault{"hangs", func(Site) []string { looks.Add(1); <-back; return nil }},
 		Fault{"other", func(Site) []string { return []string{"a fault"} }})
 	d.patience = 50 * time.Millisecond
-	d.Examine(Site{}, false)
+	<-d.Examine(Site{}, false)
 	for _, says := range []string{"looking for the fault panics: a fault of this program: index out of range", "looking for the fault hangs: no result within", "a fault", "1 found"} {
 		if !strings.Contains(logged.String(), says) {
 			t.Errorf("no %q in %s", says, logged)
 		}
 	}
-	d.Examine(Site{}, true)
+	<-d.Examine(Site{}, true)
 	if k := looks.Load(); k != 1 {
 		t.Errorf("%d looks that hang, want one", k)
 	}
@@ -187,7 +187,7 @@ func TestExaminationSurvives(t *testing.T) {
 		defer d.mu.Unlock()
 		return len(d.busy) == 0
 	})
-	d.Examine(Site{}, true)
+	<-d.Examine(Site{}, true)
 	if k := looks.Load(); k != 2 {
 		t.Errorf("%d looks, want another one", k)
 	}
@@ -211,7 +211,7 @@ func TestExaminesAgain(t *testing.T) {
 	} {
 		text.Reset()
 		full = step.full
-		d.Examine(Site{}, step.again)
+		<-d.Examine(Site{}, step.again)
 		lines := strings.Split(strings.TrimSpace(text.String()), "\n")
 		if text.Len() == 0 {
 			lines = nil
@@ -220,4 +220,37 @@ func TestExaminesAgain(t *testing.T) {
 			t.Errorf("look %d says %q, want %q", i, lines, step.says)
 		}
 	}
+}
+
+// Reloads that come faster than a node is looked at leave one look to be made, for the last
+// configuration.
+func TestExaminesTheLastConfiguration(t *testing.T) {
+	looked, goOn := make(chan int), make(chan bool)
+	d, _ := withFaults(t, Fault{"counted", func(s Site) []string {
+		looked <- len(s.Listeners)
+		<-goOn
+		return nil
+	}})
+	site := func(listeners int) Site { return Site{Listeners: make([]desired.Endpoint, listeners)} }
+	d.Examine(site(1), false)
+	if k := <-looked; k != 1 {
+		t.Fatalf("looks for configuration %d", k)
+	}
+	d.Examine(site(1), true)
+	var last <-chan struct{}
+	for k := 2; k <= 50; k++ {
+		last = d.Examine(site(k), false)
+	}
+	goOn <- true
+	if k := <-looked; k != 50 {
+		t.Fatalf("looks for configuration %d, want the last one", k)
+	}
+	goOn <- true
+	<-last
+	again := d.Examine(site(51), true)
+	if k := <-looked; k != 51 {
+		t.Fatalf("looks for %d, which has waited for nothing any more", k)
+	}
+	goOn <- true
+	<-again
 }
