@@ -89,9 +89,10 @@ test-kernel: coredns ## Run the tests on Debian's kernel, which has the dummy dr
 SUITES ?=
 
 .PHONY: test-kernels
+test-kernels: KERNEL_TIMEOUT = 3600
 test-kernels: coredns ## Run the kernel tests on the kernels and iptables of several releases of Debian (long).
 	test/deps ip iptables nft xz ipvsadm
-	KERNEL_RUN='$(KERNEL_RUN)' E2E_RUN='$(E2E_RUN)|OtherIptables|TwoIptables|WithoutOwnedTables' KERNEL_TIMEOUT='$(KERNEL_TIMEOUT)' \
+	KERNEL_RUN='$(KERNEL_RUN)' E2E_RUN='$(E2E_RUN)|OtherIptables|TwoIptables|WithoutOwnedTables|ThisKernel' KERNEL_TIMEOUT='$(KERNEL_TIMEOUT)' \
 		test/kernels $(SUITES)
 
 # Where test-cluster keeps what it has fetched and built.
@@ -159,6 +160,13 @@ SOAK ?= 2h
 .PHONY: soak
 soak: deps coredns ## Reload, restart twins, meddle and silence upstreams under load for SOAK, and sample what must not grow (needs root).
 	LAB_SOAK=$(SOAK) go test -C test -count=1 -timeout 0 -v -run TestSoak .
+
+# How many reloads, and how many lives of a twin.
+COUNT ?= 1000
+
+.PHONY: lives
+lives: deps coredns ## Reload COUNT times in a row, and start and end a twin as often, and compare what there is then with the start (needs root).
+	LAB_LIVES=$(COUNT) go test -C test -count=1 -timeout 0 -v -run TestLives .
 
 .PHONY: corefile
 corefile: deps coredns ## Measure what the options of the manifests' Corefile are for (needs root).

@@ -4,32 +4,25 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
-	"text/tabwriter"
 	"time"
 
 	"github.com/contentful-labs/coredns-nodecache/test/lab"
 )
 
-// memoryLimit is that of the manifests.
-const memoryLimit = 192 << 20
-
-// A soak is the life of a cache in fast motion: under load it is reloaded, a twin comes and
-// goes, others meddle, upstreams fall silent and come back.
+// A soak is the life of a cache in fast motion, with the memory that the manifests give it:
+// under load it is reloaded, a twin comes and goes, others meddle, upstreams fall silent and
+// come back, and flap.
 type soak struct {
 	*node
 	cache   *process
+	twins   lab.Options
 	reloads int
 	lost    map[string]*lab.Tally // by step
 	names   []string              // of the steps, in order
-}
-
-// sample is what must not grow.
-type sample struct {
-	after                                                     time.Duration
-	descriptors, netlink, goroutines, rules, routes, resident int
 }
 
 // LAB_SOAK is for how long: make soak has it.
@@ -43,12 +36,15 @@ func TestSoak(t *testing.T) {
 			t.Parallel()
 			s := &soak{node: newNode(t, b), lost: map[string]*lab.Tally{}}
 			before := s.snapshot()
-			s.cache = s.serve(s.corefileOf(0))
+			s.twins = s.limited()
+			s.cache = s.serveWith(s.corefileOf(0), s.limited())
 			begun := time.Now()
 			var samples []sample
 			for time.Since(begun) < long {
 				s.cycle(len(samples))
-				one := s.sample()
+				// What the last step has opened may still be closing.
+				eventually(func() bool { return s.cache.descriptors() <= 64 })
+				one := s.cache.sample("127.0.0.1:9253")
 				one.after = time.Since(begun)
 				samples = append(samples, one)
 			}
@@ -57,6 +53,27 @@ func TestSoak(t *testing.T) {
 			s.report(samples)
 		})
 	}
+}
+
+// limited is what starts a process as in the manifests' container: with their GOMEMLIMIT, and
+// in a cgroup past whose limit the kernel ends it.
+func (n *node) limited() lab.Options {
+	n.Helper()
+	root, limit := "/sys/fs/cgroup", "memory.max"
+	if _, err := os.Stat(root + "/memory"); err == nil { // version 1
+		root, limit = root+"/memory", "memory.limit_in_bytes"
+	} else if err := os.WriteFile(root+"/cgroup.subtree_control", []byte("+memory"), 0); err != nil {
+		n.Fatalf("having cgroups limit memory: %v", err)
+	}
+	dir, err := os.MkdirTemp(root, "soak")
+	n.must(err)
+	n.Cleanup(func() {
+		if !eventually(func() bool { return os.Remove(dir) == nil }) {
+			n.Errorf("%s is still in use", dir)
+		}
+	})
+	n.must(os.WriteFile(filepath.Join(dir, limit), []byte(strconv.Itoa(memoryLimit)), 0))
+	return lab.Options{Env: []string{goMemoryLimit}, Via: []string{"sh", "-c", "echo $$ >" + dir + `/cgroup.procs && exec "$@"`, "sh"}}
 }
 
 // corefileOf returns the i-th configuration: every other one has an address more.
@@ -75,24 +92,24 @@ func (s *soak) corefileOf(i int) string {
 // cycle does everything once.
 func (s *soak) cycle(i int) {
 	s.Helper()
-	s.step("reload", func() {
+	s.step("reload", 0, func(func(int)) {
 		s.reloads++
 		s.cache.reload(s.corefileOf(s.reloads))
 	})
-	twin := func(end func(p *process)) func() {
-		return func() {
-			p := s.serve(strings.Replace(s.corefileOf(s.reloads), ":9253", ":9254", 1))
+	twin := func(end func(p *process)) func(func(int)) {
+		return func(func(int)) {
+			p := s.serveWith(strings.Replace(s.corefileOf(s.reloads), ":9253", ":9254", 1), s.twins)
 			end(p)
 		}
 	}
-	s.step("twin comes, and leaves by SIGTERM", twin(func(p *process) { p.exit(syscall.SIGTERM) }))
-	s.step("twin comes, and is killed", twin((*process).Kill))
+	s.step("twin comes, and leaves by SIGTERM", 0, twin(func(p *process) { p.exit(syscall.SIGTERM) }))
+	s.step("twin comes, and is killed", 0, twin((*process).Kill))
 	meddling := []string{"ip link del nodelocaldns", "ip addr del 169.254.20.10/32 dev nodelocaldns"}
 	if s.backend.firewall == "iptables" {
 		meddling = append(meddling, "iptables -t raw -F", "ip6tables -t raw -D PREROUTING 1")
 	}
 	command := meddling[i%len(meddling)]
-	s.step("others meddle", func() {
+	s.step("others meddle", 0, func(func(int)) {
 		mark := s.cache.Mark()
 		s.runs(command)
 		whole := func() bool {
@@ -109,16 +126,30 @@ func (s *soak) cycle(i int) {
 		}
 	})
 	// Hits are answered meanwhile.
-	s.step("upstream silent, and back", func() {
-		for _, command := range []string{
-			"nft add table inet silent", "nft add chain inet silent in { type filter hook input priority 0; policy drop; }",
-		} {
-			s.inDNS(command)
-		}
+	s.step("upstream silent, and back", 0, func(func(int)) {
+		s.upstream("drop")
 		until := time.Now().Add(3 * time.Second)
 		eventually(func() bool { return time.Now().After(until) })
-		s.inDNS("nft delete table inet silent")
+		s.upstream("accept")
 	})
+	s.step("upstream flaps", 20, func(more func(int)) {
+		for range 5 {
+			for _, how := range []string{"drop", "accept", "reject", "accept"} {
+				s.upstream(how)
+				more(20)
+			}
+		}
+	})
+}
+
+// upstream has the cluster's DNS take no query, refuse or answer them.
+func (s *soak) upstream(how string) {
+	s.Helper()
+	s.inDNS("nft add table inet silent")
+	s.inDNS("nft delete table inet silent")
+	if how != "accept" {
+		s.inDNS("nft add table inet silent; add chain inet silent in { type filter hook input priority 0; }; add rule inet silent in meta l4proto { tcp, udp } " + how)
+	}
 }
 
 func (s *soak) inDNS(command string) {
@@ -128,26 +159,27 @@ func (s *soak) inDNS(command string) {
 	s.must(err)
 }
 
-// step does something under load, and adds up what was lost.
-func (s *soak) step(name string, do func()) {
+// step does something under load, in which so many percent of the queries are misses, and
+// adds up what was lost. What it does can have the flows send more.
+func (s *soak) step(name string, misses int, do func(more func(int))) {
 	s.Helper()
 	var flows []*lab.Flowing
 	for _, c := range s.clients() {
-		f, err := lab.Flow{From: c.ns, To: clusterIPs, Rate: 50, Tag: "-soak"}.Start()
+		f, err := lab.Flow{From: c.ns, To: clusterIPs, Rate: 50, Misses: misses, Tag: tag("soak", c.name)}.Start()
 		s.must(err)
 		flows = append(flows, f)
 	}
-	more := func() {
+	more := func(k int) {
 		for _, f := range flows {
-			until := f.Sent() + 100
+			until := f.Sent() + k
 			if !eventually(func() bool { return f.Sent() >= until }) {
 				s.Fatal("a flow came to a halt")
 			}
 		}
 	}
-	more()
-	do()
-	more()
+	more(100)
+	do(more)
+	more(100)
 	if s.lost[name] == nil {
 		s.lost[name] = new(lab.Tally)
 		s.names = append(s.names, name)
@@ -161,55 +193,15 @@ func (s *soak) step(name string, do func()) {
 	}
 }
 
-func (s *soak) sample() (one sample) {
-	s.Helper()
-	// What the last step has opened may still be closing.
-	eventually(func() bool { return s.cache.descriptors() <= 64 })
-	one.descriptors = s.cache.descriptors()
-	one.netlink = s.netlinkSockets()
-	m := s.metrics("127.0.0.1:9253")
-	one.goroutines, one.resident = int(m["go_goroutines"]), int(m["process_resident_memory_bytes"])
-	text := s.snapshot()
-	one.rules = strings.Count(text, "NODECACHE") + strings.Count(text, "nodecache-")
-	for _, family := range []string{"-4", "-6"} {
-		routes, err := s.Node.Run("ip", family, "route", "show", "table", "all")
-		s.must(err)
-		one.routes += strings.Count(routes, "\n")
-	}
-	return one
-}
-
-// netlinkSockets is how many of them the cache has.
-func (s *soak) netlinkSockets() (count int) {
-	s.Helper()
-	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/net/netlink", s.cache.Pid))
-	s.must(err)
-	inodes := map[string]bool{}
-	for line := range strings.Lines(string(text)) {
-		if words := strings.Fields(line); len(words) > 0 {
-			inodes["socket:["+words[len(words)-1]+"]"] = true
-		}
-	}
-	fds, err := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", s.cache.Pid))
-	s.must(err)
-	for _, fd := range fds {
-		if target, err := os.Readlink(fd); err == nil && inodes[target] {
-			count++
-		}
-	}
-	return count
-}
-
 // report prints what was seen, and fails where something has grown or a planned step has
 // lost a query.
 func (s *soak) report(samples []sample) {
 	s.Helper()
 	var out strings.Builder
-	w := tabwriter.NewWriter(&out, 0, 0, 2, ' ', tabwriter.AlignRight)
-	fmt.Fprintln(w, "after\tdescriptors\tnetlink sockets\tgoroutines\trules\troutes\tMiB\t")
+	w := sampleTable(&out, "after")
 	for i, one := range samples {
 		if i < 3 || i%max(len(samples)/20, 1) == 0 || i == len(samples)-1 {
-			fmt.Fprintf(w, "%s\t%d\t%d\t%d\t%d\t%d\t%.1f\t\n", one.after.Round(time.Second), one.descriptors, one.netlink, one.goroutines, one.rules, one.routes, float64(one.resident)/(1<<20))
+			one.row(w, one.after.Round(time.Second).String())
 		}
 	}
 	fmt.Fprintln(w, "\nstep\ttimes\tsent\tlost\trefused\twrong\t\t")
@@ -229,20 +221,14 @@ func (s *soak) report(samples []sample) {
 	// whether it goes on growing.
 	var most sample
 	for _, one := range samples[:4] {
-		most.descriptors = max(most.descriptors, one.descriptors)
+		most.descriptors = max(most.descriptors, one.descriptors+16)
 		most.netlink = max(most.netlink, one.netlink)
-		most.goroutines = max(most.goroutines, one.goroutines)
+		most.goroutines = max(most.goroutines, one.goroutines+16)
 		most.rules = max(most.rules, one.rules)
 		most.routes = max(most.routes, one.routes)
 	}
-	last := samples[len(samples)-1]
-	for what, v := range map[string][2]int{
-		"descriptors": {most.descriptors + 16, last.descriptors}, "netlink sockets": {most.netlink, last.netlink},
-		"goroutines": {most.goroutines + 16, last.goroutines}, "rules": {most.rules, last.rules}, "routes": {most.routes, last.routes},
-	} {
-		if v[1] > v[0] {
-			s.Errorf("%s: at most %d are expected after the first cycles, %d at the end", what, v[0], v[1])
-		}
+	for _, more := range samples[len(samples)-1].beyond(most) {
+		s.Errorf("at the end there are %s after the first cycles", more)
 	}
 	for _, one := range samples {
 		if one.resident > memoryLimit {
