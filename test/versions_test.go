@@ -1,11 +1,17 @@
 package e2e
 
 import (
+	"errors"
+	"fmt"
+	"net/netip"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"syscall"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/contentful-labs/coredns-nodecache/internal/testkit"
 	"github.com/contentful-labs/coredns-nodecache/test/lab"
@@ -128,10 +134,135 @@ func TestKernelWithoutOwnedTables(t *testing.T) {
 	n := newNode(t, backend{iptables: lab.NFT})
 	before := n.snapshot()
 	n.has(n.refuse(n.block(".:53", allAddrs, "firewall nftables"), lab.Options{}), "firewall nftables needs Linux 5.12 or newer")
-	n.same("after the refusal", before, n.snapshot())
+	n.has(n.refuse(n.block(".:53", allAddrs, "firewall auto"), lab.Options{Env: withoutPrograms}), "firewall nftables needs Linux 5.12 or newer")
+	n.same("after both refusals", before, n.snapshot())
 	p := n.serve(n.block(".:53", allAddrs, "firewall auto"))
 	n.has(p.Log(), "out of connection tracking by iptables")
 	n.answersEverybody(false, addrs...)
 	p.exit(syscall.SIGTERM)
 	n.same("after the exit", before, n.snapshot())
+}
+
+// withoutPrograms is an environment in which no iptables is found.
+var withoutPrograms = []string{"PATH=/nonexistent"}
+
+// A life in short, on any kernel: a start, a reload, a twin, an exit and a crash, with queries
+// from pod and host over UDP and TCP and both families after each.
+func TestLifeOnThisKernel(t *testing.T) {
+	forBackends(t, func(n *node) {
+		before := n.snapshot()
+		p := n.serve(n.corefile())
+		n.answersEverybody(false, addrs...)
+		n.must(n.FlushConntrack())
+		n.answersEverybody(false, addrs...)
+		n.untracked()
+		another := netip.MustParseAddr("169.254.20.11")
+		p.reload(n.block(".:53", allAddrs+" "+another.String()))
+		n.answersEverybody(false, append([]netip.Addr{another}, addrs...)...)
+		twin := n.serve(n.corefile())
+		p.exit(syscall.SIGTERM)
+		n.answersEverybody(false, addrs...)
+		twin.Kill()
+		n.clusterAnswers()
+		p = n.serve(n.corefile())
+		n.answersEverybody(false, addrs...)
+		p.exit(syscall.SIGTERM)
+		n.clusterAnswers()
+		n.same("after the exit", before, n.snapshot())
+	})
+}
+
+// What the running kernel has of what this cache does differently without: a row of the table
+// of make test-kernels.
+func TestWhatThisKernelHas(t *testing.T) {
+	n := newNode(t, backend{iptables: lab.NFT})
+	takes := func(firewall string, env []string) string {
+		const by = "out of connection tracking by "
+		p := n.launch(n.block(".:53", allAddrs, "firewall "+firewall), lab.Options{Env: env})
+		if err := p.WaitLog(0, by); errors.Is(err, lab.ErrExited) {
+			return "refused"
+		} else if err != nil {
+			t.Fatal(err)
+		}
+		_, backend, _ := strings.Cut(p.Log(), by)
+		backend, _, _ = strings.Cut(backend, "\n")
+		p.exit(syscall.SIGTERM)
+		return backend
+	}
+	owner := takes("nftables", nil)
+	if owner != "refused" {
+		owner = "yes"
+	}
+	auto, without := takes("auto", nil), takes("auto", withoutPrograms)
+	if !strings.HasPrefix(auto, "iptables") {
+		t.Errorf("auto takes %s where iptables works", auto)
+	}
+	if (owner == "yes") != (without == "nftables") {
+		t.Errorf("the backend nftables works: %s, and without programs auto takes %s", owner, without)
+	}
+	t.Logf("has: %s | %s | %s | %s", owner, auto, without, n.incomingCPU())
+}
+
+// incomingCPU tells whether the kernel directs a packet to the socket of a group that wants
+// those of its CPU (SO_INCOMING_CPU with SO_REUSEPORT).
+func (n *node) incomingCPU() string {
+	n.Helper()
+	const cpus, packets = 2, 64
+	if runtime.NumCPU() < cpus {
+		return "one CPU"
+	}
+	right := 0
+	n.must(n.Node.Do(func() error {
+		var socks [cpus]int
+		at := &unix.SockaddrInet4{Port: 5399, Addr: [4]byte{127, 0, 0, 1}}
+		for cpu := range socks {
+			fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+			if err != nil {
+				return err
+			}
+			defer unix.Close(fd)
+			socks[cpu] = fd
+			if err := errors.Join(unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEPORT, 1),
+				unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_INCOMING_CPU, cpu), unix.Bind(fd, at)); err != nil {
+				return err
+			}
+		}
+		for i := range packets {
+			// On lo a packet comes in on the CPU that sends it. The thread ends with this function.
+			var on unix.CPUSet
+			on.Set(i % cpus)
+			if err := unix.SchedSetaffinity(0, &on); err != nil {
+				return err
+			}
+			from, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+			if err != nil {
+				return err
+			}
+			err = unix.Sendto(from, []byte{1}, 0, at)
+			unix.Close(from)
+			if err != nil {
+				return err
+			}
+			came := [cpus]unix.PollFd{{Fd: int32(socks[0]), Events: unix.POLLIN}, {Fd: int32(socks[1]), Events: unix.POLLIN}}
+			if _, err := unix.Poll(came[:], int(lab.Patience.Milliseconds())); err != nil && err != unix.EINTR {
+				return err
+			}
+			for cpu, c := range came {
+				if c.Revents == 0 {
+					continue
+				}
+				if _, _, err := unix.Recvfrom(socks[cpu], make([]byte, 1), unix.MSG_DONTWAIT); err != nil {
+					return err
+				}
+				if cpu == i%cpus {
+					right++
+				}
+			}
+		}
+		return nil
+	}))
+	if right == packets {
+		return "heeded"
+	}
+	return fmt.Sprintf("ignored (%d of %d)", right, packets)
 }
