@@ -11,8 +11,11 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
 	"time"
+
+	"github.com/miekg/dns"
 )
 
 // A way is how a query is sent.
@@ -26,6 +29,8 @@ const (
 
 const (
 	headerLen  = 12
+	frameLen   = 2   // before a message over a stream
+	usualQuery = 192 // longer ones take a larger buffer
 	mostLen    = 1<<16 - 1
 	leastLen   = 512  // what a datagram may always have
 	usualLen   = 2048 // longer answers over a stream take a larger buffer
@@ -56,23 +61,34 @@ type conn struct {
 	idle   time.Time // since when
 }
 
-// exchange sends a query and waits for its answer. wire is the query without its length.
-// The deadlines are the caller's.
-func (c *conn) exchange(wire []byte, size int) ([]byte, error) {
-	if err := c.send(wire); err != nil {
+// exchange sends a query and waits for its answer. The deadlines are the caller's.
+func (c *conn) exchange(framed []byte, size int) ([]byte, error) {
+	if err := c.send(framed); err != nil {
 		return nil, err
 	}
-	return c.receive(wire, make([]byte, size), 0)
+	return c.receive(framed[frameLen:], make([]byte, size), 0)
 }
 
-func (c *conn) send(wire []byte) error {
-	if c.stream {
-		framed := make([]byte, 2, 2+len(wire))
-		binary.BigEndian.PutUint16(framed, uint16(len(wire))) // #nosec G115 -- a packed message is not longer
-		wire = append(framed, wire...)
+func (c *conn) send(framed []byte) error {
+	if !c.stream {
+		framed = framed[frameLen:]
 	}
-	_, err := c.Write(wire)
+	_, err := c.Write(framed)
 	return err
+}
+
+// framed packs a message behind its length, as it goes over a stream.
+func framed(m *dns.Msg) ([]byte, error) {
+	b := make([]byte, usualQuery)
+	wire, err := m.PackBuffer(b[frameLen:])
+	if err != nil {
+		return nil, err
+	}
+	if len(wire) > len(b)-frameLen || &wire[0] != &b[frameLen] { // it was too long
+		b = append(b[:frameLen], wire...)
+	}
+	binary.BigEndian.PutUint16(b, uint16(len(wire))) // #nosec G115 -- a packed message is not longer
+	return b[:frameLen+len(wire)], nil
 }
 
 // A partial is what has come of an answer when the deadline passed: the rest can still come.
@@ -166,11 +182,9 @@ func lower(c byte) byte {
 	return c
 }
 
-// withID returns a copy of a query with an id that nobody can foresee.
-func withID(wire []byte) []byte {
-	w := bytes.Clone(wire)
-	binary.BigEndian.PutUint16(w, uint16(rand.Uint32())) // #nosec G115 G404 -- math/rand/v2's own source is ChaCha8, seeded by the kernel
-	return w
+// setID gives a framed query an id that nobody can foresee.
+func setID(framed []byte) {
+	binary.BigEndian.PutUint16(framed[frameLen:], uint16(rand.Uint32())) // #nosec G115 G404 -- math/rand/v2's own source is ChaCha8, seeded by the kernel
 }
 
 // A pool has the open connections of one server that nobody uses.
@@ -194,15 +208,17 @@ func (p *pool) take(w way) *conn {
 	idle := p.idle[w]
 	for len(idle) > 0 {
 		c := idle[0]
-		idle[0] = nil
-		idle = idle[1:]
+		// Moved rather than cut off in front, where nothing could be put again.
+		idle = slices.Delete(idle, 0, 1)
 		if time.Since(c.idle) <= p.expire && p.young(c) {
 			p.idle[w] = idle
 			return c
 		}
 		c.Close()
 	}
-	delete(p.idle, w)
+	if p.idle != nil {
+		p.idle[w] = idle
+	}
 	return nil
 }
 
@@ -234,12 +250,9 @@ func (p *pool) sweep() {
 		n := 0
 		for n < len(idle) && time.Since(idle[n].idle) > p.expire {
 			idle[n].Close()
-			idle[n] = nil
 			n++
 		}
-		if p.idle[w] = idle[n:]; n == len(idle) {
-			delete(p.idle, w)
-		}
+		p.idle[w] = slices.Delete(idle, 0, n)
 	}
 }
 
@@ -267,6 +280,7 @@ func (p *pool) dial(ctx context.Context, w way) (*conn, error) {
 	if err != nil {
 		return nil, err
 	}
+	inner = quick(inner, w != overUDP)
 	c := &conn{Conn: inner, stream: w != overUDP, born: time.Now()}
 	if w == overTLS {
 		t := tls.Client(inner, p.tls)

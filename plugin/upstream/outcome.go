@@ -33,7 +33,7 @@ func (c *race) take(o outcome) *dns.Msg {
 		}
 		return nil
 	}
-	observe(o.a.s.name, m.Rcode, took)
+	o.a.s.observe(m.Rcode, took)
 	for _, other := range c.open {
 		if other.s != o.a.s {
 			c.isLate(other)

@@ -1,6 +1,7 @@
 package upstream
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"os"
@@ -15,7 +16,8 @@ import (
 // A query is one that waits for its answer.
 type query struct {
 	request  *dns.Msg
-	wire     []byte // it, with any id
+	framed   []byte // it, with any id
+	given    bool   // to the first attempt, whose id it has
 	size     int    // how long an answer over UDP may be
 	udp      bool   // it has come over UDP
 	begun    time.Time
@@ -30,7 +32,8 @@ type query struct {
 
 	mu     sync.Mutex
 	why    error // it is over, and this is why
-	open   map[*conn]struct{}
+	open   []*conn
+	few    [1]*conn      // of open, nearly always
 	ending chan struct{} // closed when it is over
 }
 
@@ -39,17 +42,31 @@ var (
 	errDone     = errors.New("another one has answered")
 )
 
-func newQuery(ctx context.Context, r *dns.Msg, udp bool, size int, patience time.Duration) (*query, error) {
-	wire, err := r.Pack()
-	if err != nil {
-		return nil, err
+// begin makes q the query for r.
+func (q *query) begin(ctx context.Context, r *dns.Msg, udp bool, size int, patience time.Duration) (err error) {
+	if q.framed, err = framed(r); err != nil {
+		return err
 	}
-	now := time.Now()
-	q := &query{request: r, wire: wire, size: size, udp: udp, begun: now, deadline: now.Add(patience), ctx: ctx}
+	q.request, q.size, q.udp, q.ctx = r, size, udp, ctx
+	q.begun = time.Now()
+	q.deadline = q.begun.Add(patience)
 	if d, ok := ctx.Deadline(); ok && d.Before(q.deadline) {
 		q.deadline = d
 	}
-	return q, nil
+	return nil
+}
+
+// wired is the query with an id that nobody can foresee, for an attempt of its own.
+func (q *query) wired() []byte {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	f := q.framed
+	if q.given {
+		f = bytes.Clone(f)
+	}
+	q.given = true
+	setID(f)
+	return f
 }
 
 // uses says that a query waits on a connection until a time, or why it does no more.
@@ -60,9 +77,9 @@ func (q *query) uses(c *conn, until time.Time) error {
 		return q.why
 	}
 	if q.open == nil {
-		q.open = map[*conn]struct{}{}
+		q.open = q.few[:0]
 	}
-	q.open[c] = struct{}{}
+	q.open = append(q.open, c)
 	return c.SetDeadline(until)
 }
 
@@ -70,7 +87,9 @@ func (q *query) uses(c *conn, until time.Time) error {
 func (q *query) leaves(c *conn) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	delete(q.open, c)
+	if i := slices.Index(q.open, c); i >= 0 {
+		q.open = slices.Delete(q.open, i, i+1)
+	}
 }
 
 // end ends a query's waiting. Only the first reason counts.
@@ -81,7 +100,7 @@ func (q *query) end(why error) {
 		return
 	}
 	q.why = why
-	for c := range q.open {
+	for _, c := range q.open {
 		c.SetDeadline(aLongTimeAgo)
 	}
 	if q.ending != nil {
@@ -126,9 +145,30 @@ type attempt struct {
 	sent      time.Time
 	late      bool // it has been found to be late
 
-	wire []byte // with the id of this attempt; nil: not sent yet
-	buf  []byte // what has come so far
-	n    int
+	framed []byte // with the id of this attempt; nil: not sent yet
+	buf    []byte // what has come so far
+	n      int
+	pooled *[usualLen]byte // where buf was at first, if it is from the pool
+}
+
+// buffers are for what is received.
+var buffers = sync.Pool{New: func() any { return new([usualLen]byte) }}
+
+// receiver returns a buffer of a length for the answer.
+func (a *attempt) receiver(size int) []byte {
+	if size > usualLen {
+		return make([]byte, size)
+	}
+	a.pooled = buffers.Get().(*[usualLen]byte)
+	return a.pooled[:size:size]
+}
+
+// done is the end of an attempt that nobody else knows of: what it has received is read.
+func (a *attempt) done() {
+	if a.pooled != nil {
+		buffers.Put(a.pooled)
+	}
+	a.pooled, a.buf = nil, nil
 }
 
 // connect opens the attempt's connection, if there is none yet.
@@ -174,24 +214,27 @@ func (q *query) await(a *attempt, until time.Time) ([]byte, error) {
 }
 
 func (q *query) exchange(a *attempt) ([]byte, error) {
-	if a.wire == nil {
-		plain, size := q.wire, q.size
+	if a.framed == nil {
+		size := q.size
 		if a.large {
-			var err error
-			if plain, err = q.enlarged(); err != nil {
+			f, err := q.enlarged()
+			if err != nil {
 				return nil, err
 			}
-			size = largeUDP
+			setID(f)
+			a.framed, size = f, largeUDP
+		} else {
+			a.framed = q.wired()
 		}
 		if a.c.stream {
 			size = usualLen
 		}
-		a.wire, a.buf = withID(plain), make([]byte, size)
-		if err := a.c.send(a.wire); err != nil {
+		a.buf = a.receiver(size)
+		if err := a.c.send(a.framed); err != nil {
 			return nil, err
 		}
 	}
-	return a.c.receive(a.wire, a.buf, a.n)
+	return a.c.receive(a.framed[frameLen:], a.buf, a.n)
 }
 
 // enlarged is the query with room for a larger answer over UDP.
@@ -203,7 +246,7 @@ func (q *query) enlarged() ([]byte, error) {
 		m.Extra = append(m.Extra, o)
 	}
 	o.SetUDPSize(largeUDP)
-	return m.Pack()
+	return framed(m)
 }
 
 // largeUDP is the size of answers over UDP where TCP does not get through.

@@ -45,7 +45,9 @@ const (
 // always is all, and others when it is late or fails.
 type race struct {
 	u       *Upstream
-	q       *query
+	q       query
+	first   attempt
+	lone    [1]runner // of runners, where there is one server
 	runners []runner
 	changed <-chan struct{} // closed when there are other servers
 	results chan outcome
@@ -83,7 +85,7 @@ type outcome struct {
 
 // run returns the answer, or why there is none.
 func (c *race) run() (*dns.Msg, error) {
-	a := c.pick()
+	a := c.pick(&c.first)
 	c.begins(a)
 	if a.c == nil && a.way != overUDP {
 		c.launch(a)
@@ -99,8 +101,12 @@ func (c *race) run() (*dns.Msg, error) {
 	if errors.Is(err, errLate) {
 		c.launch(a)
 		c.due = time.Now()
-	} else if m := c.take(outcome{a, msg, err}); m != nil {
-		return m, nil
+	} else {
+		m := c.take(outcome{a, msg, err})
+		a.done()
+		if m != nil {
+			return m, nil
+		}
 	}
 	return c.loop()
 }
@@ -140,7 +146,7 @@ func (c *race) launch(a *attempt) {
 	case c.made > 2:
 		c.due = a.sent.Add(againAfter)
 	}
-	q, results := c.q, c.results
+	q, results := &c.q, c.results
 	go func() {
 		defer outlive.Panic("asking an upstream")
 		o := outcome{a: a}
@@ -260,7 +266,7 @@ func (c *race) another(because string) {
 	askedAgain.WithLabelValues(because).Inc()
 	a := c.next
 	if c.next = nil; a == nil {
-		a = c.pick()
+		a = c.pick(new(attempt))
 	}
 	c.begins(a)
 	c.launch(a)
@@ -300,14 +306,14 @@ func (c *race) isLate(a *attempt) {
 }
 
 // pick chooses the server and the way of the next attempt.
-func (c *race) pick() *attempt {
+func (c *race) pick(a *attempt) *attempt {
 	var best *runner
 	for i := range c.runners {
 		if r := &c.runners[i]; best == nil || r.cost() < best.cost() {
 			best = r
 		}
 	}
-	a := &attempt{s: best.server, way: best.usualWay(c.q), anew: best.asked > 0}
+	a.s, a.way, a.anew = best.server, best.usualWay(&c.q), best.asked > 0
 	// What did not get through by TCP may by UDP. A connection that had been used before
 	// shows nothing of a new one.
 	if last := best.last; a.way == overTCP && best.tcp && last.way == overTCP && last.fresh {

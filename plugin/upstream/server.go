@@ -5,9 +5,11 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/miekg/dns"
+	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/contentful-labs/coredns-nodecache/internal/outlive"
 )
@@ -36,6 +38,9 @@ type server struct {
 	opts *options
 	tell *teller
 
+	isName    func() string // its name, for the plugin metadata
+	durations [dns.RcodeNotZone + 1]atomic.Pointer[prometheus.Observer]
+
 	ctx  context.Context // until it is asked no more
 	stop context.CancelFunc
 
@@ -60,6 +65,7 @@ func newServer(a address, o *options, tell *teller) *server {
 	if a.way == overTLS {
 		s.pool.tls = tlsFor(o, a.serverName)
 	}
+	s.isName = func() string { return s.name }
 	s.ctx, s.stop = context.WithCancel(context.Background())
 	serverUp.add(s.name)
 	serverTCP.add(s.name)
@@ -198,11 +204,11 @@ func (s *server) ping(w way) error {
 	m := new(dns.Msg)
 	m.SetQuestion(s.opts.probeName, dns.TypeNS)
 	m.RecursionDesired = s.opts.probeRecursion
-	wire, err := m.Pack()
+	query, err := framed(m)
 	if err != nil {
 		return fmt.Errorf("making a probe: %w", err)
 	}
-	_, err = c.exchange(wire, usualLen)
+	_, err = c.exchange(query, usualLen)
 	return err
 }
 

@@ -46,12 +46,12 @@ func blackHole(t *testing.T) string {
 // raceFor prepares what ServeDNS does for a query.
 func raceFor(t *testing.T, u *Upstream, name string) *race {
 	t.Helper()
-	q, err := newQuery(context.Background(), new(dns.Msg).SetQuestion(name, dns.TypeA), true, leastLen, u.opts.patience)
-	if err != nil {
+	list := u.servers.now()
+	c := &race{u: u, runners: u.order(list.all, nil), changed: list.over}
+	if err := c.q.begin(context.Background(), new(dns.Msg).SetQuestion(name, dns.TypeA), true, leastLen, u.opts.patience); err != nil {
 		t.Fatal(err)
 	}
-	list := u.servers.now()
-	return &race{u: u, q: q, runners: u.order(list.all), changed: list.over}
+	return c
 }
 
 // Each attempt at a server that takes nothing leaves an entry in the table of tracked
@@ -98,8 +98,8 @@ func TestSlowServerIsAskedSeldom(t *testing.T) {
 	all[1].answered(time.Millisecond)
 	first := 0
 	for range 320 {
-		c := race{u: u, q: &query{udp: true}, runners: u.order(all)}
-		if c.pick().s == all[0] {
+		c := &race{u: u, q: query{udp: true}, runners: u.order(all, nil)}
+		if c.pick(new(attempt)).s == all[0] {
 			first++
 		}
 	}
@@ -117,7 +117,7 @@ func TestQueriesThatMakeRoom(t *testing.T) {
 		s := slots{limit: 2}
 		c, other := raceFor(t, u, "a.dead.test."), raceFor(t, u, "b.dead.test.")
 		c.q.begun, other.q.begun = begun, begun
-		if err := errors.Join(s.enter(c.q), s.enter(other.q), s.enter(raceFor(t, u, "c.good.example.").q)); err != nil {
+		if err := errors.Join(s.enter(&c.q), s.enter(&other.q), s.enter(&raceFor(t, u, "c.good.example.").q)); err != nil {
 			t.Fatal(err)
 		}
 		// It is at its first attempt still.

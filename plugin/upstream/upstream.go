@@ -5,7 +5,7 @@
 // /etc/resolv.conf names are those that it names now.
 //
 // setup.go reads the directive. A query takes a place (slots.go), is asked for in a race of attempts
-// (race.go, outcome.go, query.go) over connections (conn.go) to servers of which it is known how they do
+// (race.go, outcome.go, query.go) over connections (conn.go, quick.go) to servers of which it is known how they do
 // (server.go). servers.go has which those are, and follows files; left.go closes those of a reload that
 // has failed.
 package upstream
@@ -108,37 +108,32 @@ var errUnpackable = errors.New("the query can't be sent on")
 // answer gets an answer from one of the servers.
 func (u *Upstream) answer(ctx context.Context, state *request.Request) (*dns.Msg, error) {
 	list := u.servers.now()
-	runners := u.order(list.all)
-	if len(runners) == 0 {
+	if len(list.all) == 0 {
 		return nil, u.servers.why()
 	}
-	q, err := newQuery(ctx, state.Req, state.Proto() == "udp", max(state.Size(), leastLen), u.opts.patience)
-	if err != nil {
+	c := &race{u: u, changed: list.over} // with all that a query takes: one allocation
+	if err := c.q.begin(ctx, state.Req, state.Proto() == "udp", max(state.Size(), leastLen), u.opts.patience); err != nil {
 		return nil, errors.Join(errUnpackable, err)
 	}
-	if err := u.slots.enter(q); err != nil {
+	c.runners = u.order(list.all, c.lone[:0])
+	if err := u.slots.enter(&c.q); err != nil {
 		return nil, err
 	}
-	defer u.slots.leave(q)
+	defer u.slots.leave(&c.q)
 	u.hedges.earn()
-	c := race{u: u, q: q, runners: runners, changed: list.over}
 	m, err := c.run()
 	if m != nil && c.answered != nil {
-		metadata.SetValueFunc(ctx, "upstream/server", func() string { return c.answered.name })
+		metadata.SetValueFunc(ctx, "upstream/server", c.answered.isName)
 	}
 	return m, err
 }
 
-// order returns the servers in the order in which they are to be asked.
-func (u *Upstream) order(all []*server) []runner {
-	runners := make([]runner, len(all))
-	switch len(all) {
-	case 0:
-		return nil
-	case 1:
-		runners[0].server = all[0]
-		return runners
+// order returns the servers in the order in which they are to be asked. A lone one is put into room.
+func (u *Upstream) order(all []*server, room []runner) []runner {
+	if len(all) == 1 {
+		return append(room, runner{server: all[0]})
 	}
+	runners := make([]runner, len(all))
 	turn := int(u.turn.Add(1) - 1) // #nosec G115 -- 64 bits
 	first := u.first(turn, len(all))
 	quickest := time.Duration(0)
@@ -226,12 +221,22 @@ func failure(r *dns.Msg, why string, alive bool, err error) *dns.Msg {
 }
 
 // observe counts an answer of a server.
-func observe(server string, rcode int, took time.Duration) {
+func (s *server) observe(rcode int, took time.Duration) {
+	if rcode >= 0 && rcode < len(s.durations) {
+		if o := s.durations[rcode].Load(); o != nil {
+			(*o).Observe(took.Seconds())
+			return
+		}
+	}
 	name, ok := dns.RcodeToString[rcode]
 	if !ok {
 		name = "other"
 	}
-	requestDuration.WithLabelValues(server, name).Observe(took.Seconds())
+	o := requestDuration.WithLabelValues(s.name, name)
+	if rcode >= 0 && rcode < len(s.durations) {
+		s.durations[rcode].Store(&o)
+	}
+	o.Observe(took.Seconds())
 }
 
 // A budget is how many queries may be asked a second time although their server answers others:
