@@ -183,9 +183,12 @@ dashboard-picture: deps coredns ## Draw docs/dashboard.svg from real data (needs
 	$(call run,picture) >docs/dashboard.svg.new
 	mv docs/dashboard.svg.new docs/dashboard.svg
 
+# Further arguments of bench, such as -subjects manifest,manifest-fastpath -rates 1000,5000.
+BENCH ?=
+
 .PHONY: bench
 bench: coredns ## Measure what an answer costs, beside plain CoreDNS and the C caches that are installed (needs root).
-	$(call run,bench)
+	$(call run,bench) $(BENCH)
 	go test -run '^$$' -bench Hit -cpu 1,2 -count 3 ./internal/fastpath
 
 .PHONY: lint

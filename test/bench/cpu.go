@@ -9,6 +9,8 @@ import (
 
 	"github.com/prometheus/procfs"
 	"golang.org/x/sys/unix"
+
+	"github.com/contentful-labs/coredns-nodecache/test/lab"
 )
 
 // A layout is which CPU does what.
@@ -78,17 +80,6 @@ func pin(tid int, cpus []int) error {
 	return nil
 }
 
-// cpuTime returns the CPU time that all threads of a process have had, to the
-// nanosecond. The clock is that of clock_getcpuclockid(3).
-func cpuTime(pid int) (time.Duration, error) {
-	const sched = 2 // CPUCLOCK_SCHED
-	var t unix.Timespec
-	if err := unix.ClockGettime(int32(^pid<<3|sched), &t); err != nil {
-		return 0, fmt.Errorf("reading the server's CPU time: %w", err)
-	}
-	return time.Duration(t.Nano()), nil
-}
-
 // busyTime returns for how long all CPUs of the machine have not been idle.
 func busyTime() (time.Duration, error) {
 	fs, err := procfs.NewDefaultFS()
@@ -108,24 +99,6 @@ func busyTime() (time.Duration, error) {
 	return time.Duration(now.Nano())*time.Duration(len(stat.CPU)) - time.Duration(idle*float64(time.Second)), nil
 }
 
-// switches returns how often the threads of a process have gone to sleep.
-func switches(pid int) (n uint64, err error) {
-	fs, err := procfs.NewDefaultFS()
-	if err != nil {
-		return 0, err
-	}
-	threads, err := fs.AllThreads(pid)
-	if err != nil {
-		return 0, fmt.Errorf("counting the server's context switches: %w", err)
-	}
-	for _, t := range threads {
-		if status, err := t.NewStatus(); err == nil { // else it has ended
-			n += status.VoluntaryCtxtSwitches
-		}
-	}
-	return n, nil
-}
-
 // used is what has been used since some time in the past.
 type used struct {
 	cpu, machine time.Duration // by the server, and by all but this process
@@ -133,10 +106,10 @@ type used struct {
 }
 
 func usedBy(pid int) (u used, err error) {
-	if u.cpu, err = cpuTime(pid); err != nil {
+	if u.cpu, err = lab.CPUTime(pid); err != nil {
 		return u, err
 	}
-	own, err := cpuTime(os.Getpid())
+	own, err := lab.CPUTime(os.Getpid())
 	if err != nil {
 		return u, err
 	}
@@ -144,6 +117,6 @@ func usedBy(pid int) (u used, err error) {
 		return u, err
 	}
 	u.machine -= own
-	u.switches, err = switches(pid)
+	u.switches, err = lab.Switches(pid)
 	return u, err
 }

@@ -20,6 +20,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -33,13 +34,26 @@ var (
 	duration = flag.Duration("duration", 2*time.Second, "how long a server is measured at each rate; three times that below 5,000 queries a second")
 	entries  = flag.Int("entries", 5000, "how many names are asked for, each for A and AAAA")
 	shared   = flag.Bool("shared", false, "measure fastpath on two CPUs also where the load has no third one to itself")
+	wanted   = flag.String("rates", "1000,200,5000,20000,0", "the queries a `second` at which each is measured, separated by commas; 0: as many as it answers")
+	gogc     = flag.String("gogc", "", "a `percentage` in place of the manifest's GOGC")
 	limit    = flag.Duration("limit", 30*time.Minute, "when to give up")
 	verbose  = flag.Bool("v", false, "print every measurement as it is made")
 )
 
 // rates are the measured rates in queries a second; 0: as fast as they are answered.
-// The first is what a busy node asks.
-var rates = [...]int{1000, 200, 5000, 20000, 0}
+// The first is by default what a busy node asks.
+var rates []int
+
+func parseRates(text string) (all []int, err error) {
+	for _, word := range strings.Split(text, ",") {
+		n, err := strconv.Atoi(word)
+		if err != nil || n < 0 || slices.Contains(all, n) {
+			return nil, fmt.Errorf("-rates %s: %q is no rate, or is there twice", text, word)
+		}
+		all = append(all, n)
+	}
+	return all, nil
+}
 
 // length is how long a rate is measured: a slow one for longer, as it has few answers.
 func length(rate int) time.Duration {
@@ -67,6 +81,9 @@ func run() (err error) {
 	}
 	if *rounds < 1 || *duration < 100*time.Millisecond || *entries < 1 || *entries > maxEntries {
 		return fmt.Errorf("at least one round, 100ms, and 1 to %d entries are needed", maxEntries)
+	}
+	if rates, err = parseRates(*wanted); err != nil {
+		return err
 	}
 	if *coredns, err = filepath.Abs(*coredns); err != nil {
 		return err

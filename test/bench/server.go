@@ -163,9 +163,9 @@ func (b *bench) await(s *server, at netip.AddrPort) (time.Duration, error) {
 
 // A result is what one round has measured of a server.
 type result struct {
-	points            [len(rates)]point // one a rate
-	start             time.Duration     // until the first answer
-	idle, loaded, exe float64           // bytes
+	points            []point       // one a rate
+	start             time.Duration // until the first answer
+	idle, loaded, exe float64       // bytes
 }
 
 func (r *result) String() string {
@@ -185,19 +185,24 @@ func (b *bench) measure(sub *subject) (_ *result, err error) {
 	}
 	// With room to spare: caches that are divided into parts fill them unevenly.
 	room := max(4*len(b.zone.queries), 10000)
-	if err := os.WriteFile(filepath.Join(dir, sub.file), []byte(sub.config(room)), 0o644); err != nil {
+	env := sub.env
+	if sub.manifest {
+		if env, err = shipped(dir, room, sub.fastpath); err != nil {
+			return nil, err
+		}
+	} else if err := os.WriteFile(filepath.Join(dir, sub.file), []byte(sub.config(room)), 0o644); err != nil {
 		return nil, err
 	}
 	cmd := exec.Command(sub.path, sub.args...)
 	cmd.Dir = dir
-	cmd.Env = append(os.Environ(), sub.env...)
+	cmd.Env = append(os.Environ(), env...)
 	s, err := b.start(cmd, b.cpus.server(sub.cpus))
 	if err != nil {
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, s.stop()) }()
 
-	r := &result{exe: size(sub.path)}
+	r := &result{exe: size(sub.path), points: make([]point, len(rates))}
 	if r.start, err = b.await(s, serverAddr); err != nil {
 		return nil, err
 	}

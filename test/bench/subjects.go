@@ -26,6 +26,9 @@ type subject struct {
 	args    []string
 	env     []string
 
+	manifest bool // as k8s/node-local.yaml has it but for fastpath, in place of config and env
+	fastpath bool // and with fastpath
+
 	path string // of the program, once found
 }
 
@@ -41,6 +44,8 @@ var subjects = []*subject{
 		env: []string{"GOMAXPROCS=1"}, config: corefile("nodecache {\n interface none\n firewall none\n fastpath %[3]d\n }")},
 	{name: "nodecache", label: "nodecache", cpus: 1, file: "Corefile", args: []string{"-conf", "Corefile"},
 		env: []string{"GOMAXPROCS=1"}, config: corefile("nodecache {\n interface none\n firewall none\n }")},
+	{name: "manifest", label: "nodecache as in the manifest, without fastpath", cpus: 1, args: []string{"-conf", "Corefile"}, manifest: true},
+	{name: "manifest-fastpath", label: "nodecache as in the manifest, with fastpath", cpus: 1, args: []string{"-conf", "Corefile"}, manifest: true, fastpath: true},
 	{name: "coredns", label: "CoreDNS", version: "-version", cpus: 1, file: "Corefile", args: []string{"-conf", "Corefile"},
 		env: []string{"GOMAXPROCS=1"}, config: corefile("")},
 	{name: "unbound", label: "unbound", program: "unbound", pkg: "unbound", version: "-V", c: true, cpus: 1,

@@ -3,9 +3,6 @@ package main
 import (
 	"fmt"
 	"net/netip"
-	"os"
-	"strconv"
-	"strings"
 	"time"
 
 	"github.com/contentful-labs/coredns-nodecache/test/lab"
@@ -14,7 +11,7 @@ import (
 // theCost prints what a new name costs with upstream and with forward: CPU and time, in turns, of
 // which the best of three counts.
 func theCost(program string) error {
-	fmt.Printf("\nA new name, of 1,000 a second:\n\n| | | CPU | median | 99 %% within |\n|-|-|----:|-------:|------------:|\n")
+	fmt.Printf("\nA new name, of 1,000 a second:\n\n| | | CPU | switches | median | 99 %% within |\n|-|-|----:|---------:|-------:|------------:|\n")
 	for _, option := range []string{"force_tcp", "prefer_udp"} {
 		plugins := []string{"forward", "upstream"}
 		best := make([]cost, len(plugins))
@@ -30,13 +27,16 @@ func theCost(program string) error {
 			}
 		}
 		for i, p := range plugins {
-			fmt.Printf("| `%s` | *%s* | %d µs | %d µs | %d µs |\n", option, p, best[i].cpu.Microseconds(), best[i].median.Microseconds(), best[i].most.Microseconds())
+			fmt.Printf("| `%s` | *%s* | %d µs | %.1f | %d µs | %d µs |\n", option, p, best[i].cpu.Microseconds(), best[i].switches, best[i].median.Microseconds(), best[i].most.Microseconds())
 		}
 	}
 	return nil
 }
 
-type cost struct{ cpu, median, most time.Duration }
+type cost struct {
+	cpu, median, most time.Duration
+	switches          float64 // of threads, to sleep
+}
 
 func costOf(program, corefile string) (c cost, err error) {
 	s, err := newSite(program, nodeCache)
@@ -59,7 +59,11 @@ func costOf(program, corefile string) (c cost, err error) {
 		return c, err
 	}
 	load.Tag, load.Count = "c", 5000
-	before, err := cpuTime(p.Pid)
+	before, err := lab.CPUTime(p.Pid)
+	if err != nil {
+		return c, err
+	}
+	slept, err := lab.Switches(p.Pid)
 	if err != nil {
 		return c, err
 	}
@@ -67,27 +71,13 @@ func costOf(program, corefile string) (c cost, err error) {
 	if err != nil {
 		return c, err
 	}
-	after, err := cpuTime(p.Pid)
+	after, err := lab.CPUTime(p.Pid)
+	if err != nil {
+		return c, err
+	}
+	awake, err := lab.Switches(p.Pid)
 	if err == nil && r.Answered != load.Count {
 		err = fmt.Errorf("%v", r)
 	}
-	return cost{(after - before) / time.Duration(load.Count), r.Latency(.5), r.Latency(.99)}, err
-}
-
-// cpuTime is the CPU time that a process has taken, in ticks of 10 ms (proc_pid_stat(5)).
-func cpuTime(pid int) (time.Duration, error) {
-	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if err != nil {
-		return 0, err
-	}
-	fields := strings.Fields(string(text[strings.LastIndexByte(string(text), ')')+1:]))
-	var ticks int
-	for _, f := range fields[11:13] {
-		n, err := strconv.Atoi(f)
-		if err != nil {
-			return 0, err
-		}
-		ticks += n
-	}
-	return time.Duration(ticks) * 10 * time.Millisecond, nil
+	return cost{(after - before) / time.Duration(load.Count), r.Latency(.5), r.Latency(.99), float64(awake-slept) / float64(load.Count)}, err
 }
