@@ -41,7 +41,7 @@ type config struct {
 	wants map[desired.Endpoint]*endpointOf // every address and port that clients send to
 	ours  []string                         // the links that may carry addrs: see node.linksInUse
 	fast  []*block                         // those with fastpath
-	// fastAt is how many answers are kept for an address with fastpath.
+	// fastAt is how many answers are kept for an address with fastpath, once attachFast knows.
 	fastAt    map[netip.AddrPort]int
 	upstreams []doctor.Upstream
 	askers    []loops.Asker
@@ -140,8 +140,7 @@ func (c *config) add(b *block, hosts, keys []string) error {
 					zones[e] = serverblocks.ZoneOf(key)
 				}
 				if b.fast != nil && proto == "udp" && len(protos) == 2 {
-					at := netip.AddrPortFrom(a, port)
-					c.fastAt[at] = max(c.fastAt[at], b.fast.Entries)
+					b.fastOn = append(b.fastOn, netip.AddrPortFrom(a, port))
 				}
 			}
 		}
@@ -198,8 +197,17 @@ func (c *config) attachFast(ctx caddy.Context) error {
 		return serverblocks.ErrorAt(c.fast[0].fastAt, "fastpath: this build has a CoreDNS that nodecache does not know: %w", err)
 	}
 	for _, b := range c.fast {
-		if err := b.fast.Attach(directiveName, all); err != nil {
+		err := b.fast.Attach(directiveName, all)
+		switch {
+		case err != nil && b.fast.Auto:
+			log.Infof("%s: the server block goes without fastpath, which is no fault: %v", b.at, err)
+		case err != nil:
 			return serverblocks.ErrorAt(b.fastAt, "%w", err)
+		}
+		for _, at := range b.fastOn {
+			if err == nil {
+				c.fastAt[at] = max(c.fastAt[at], b.fast.Entries)
+			}
 		}
 	}
 	return nil

@@ -2,6 +2,7 @@ package nodecache
 
 import (
 	"fmt"
+	"net/netip"
 	"slices"
 	"strconv"
 	"strings"
@@ -144,6 +145,7 @@ type block struct {
 	ifaceAt, extraAt string
 	fast             *fastpath.Block // nil: no fastpath
 	fastAt           string
+	fastOn           []netip.AddrPort
 }
 
 func position(c *caddy.Controller) string { return c.File() + ":" + strconv.Itoa(c.Line()) }
@@ -155,7 +157,7 @@ func position(c *caddy.Controller) string { return c.File() + ":" + strconv.Itoa
 //	    firewall  auto|iptables|nftables|none
 //	    sync      DURATION
 //	    untracked PORT...
-//	    fastpath  [ENTRIES]
+//	    fastpath  [auto] [ENTRIES]
 //	}
 func parse(c *caddy.Controller) (*block, error) {
 	var b *block
@@ -192,7 +194,7 @@ func (b *block) property(c *caddy.Controller) error {
 		return c.Errf("%s is given twice, before this at %s", name, *seen)
 	case len(args) == 0 && name != "fastpath":
 		return c.Errf("%s needs a value", name)
-	case len(args) > 1 && name != "untracked":
+	case len(args) > 1 && name != "untracked" && !(name == "fastpath" && args[0] == "auto" && len(args) == 2):
 		return c.Errf("%s takes one value, not %d", name, len(args))
 	}
 	*seen = position(c)
@@ -218,12 +220,15 @@ func (b *block) property(c *caddy.Controller) error {
 		b.sync = d
 	case "fastpath":
 		b.fast = &fastpath.Block{Entries: fastpath.DefaultEntries}
+		if len(args) > 0 && args[0] == "auto" {
+			b.fast.Auto, args = true, args[1:]
+		}
 		if len(args) == 0 {
 			break
 		}
 		n, err := strconv.Atoi(args[0])
 		if err != nil {
-			return c.Errf("fastpath %q is no number of entries", args[0])
+			return c.Errf("fastpath %q is no number of entries, and not auto", args[0])
 		}
 		if n < fastpath.MinEntries || n > fastpath.MaxEntries {
 			return c.Errf("fastpath %d is out of range; it is %d to %d entries", n, fastpath.MinEntries, fastpath.MaxEntries)

@@ -95,7 +95,7 @@ func (n *node) fastNumber(name string) float64 {
 // moment: a query with a byte too many is the same to CoreDNS and never gets a ready
 // answer. LAB_FASTPATH_QUERIES is how many queries are compared.
 func TestFastpathAnswersTheSame(t *testing.T) {
-	for _, c := range []struct{ name, lines string }{{"cache", "cache 3600"}, {"shield-and-loadbalance", "cache 3600 {\n prefetch 10 1m 10%\n }\n    shield\n    loadbalance"}} {
+	for _, c := range []struct{ name, lines string }{{"cache", "cache 3600"}, {"manifest", "cache {\n success 9984 30 0\n denial 9984 5 0\n prefetch 10 1m 10%\n serve_stale 1h verify 1s 5s\n servfail 0\n }\n    shield\n    loadbalance"}, {"shield-and-loadbalance", "cache 3600 {\n prefetch 10 1m 10%\n }\n    shield\n    loadbalance"}} {
 		t.Run(c.name, func(t *testing.T) { answersTheSame(t, c.lines) })
 	}
 }

@@ -104,7 +104,7 @@ func (n *node) must(err error) {
 // block is a server block with nodecache on the addresses. With LAB_FASTPATH set it has
 // fastpath, so that all tests can be run with it.
 func (n *node) block(key, bind string, properties ...string) string {
-	if os.Getenv("LAB_FASTPATH") != "" && !slices.Contains(properties, "fastpath") {
+	if os.Getenv("LAB_FASTPATH") != "" && !slices.ContainsFunc(properties, func(p string) bool { return strings.HasPrefix(p, "fastpath") }) {
 		properties = append(properties, "fastpath")
 	}
 	if n.backend.firewall != "" {

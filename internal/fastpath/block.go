@@ -31,10 +31,12 @@ var exact = []string{
 // A Block is a server block with fastpath. Its exported fields are set before Attach.
 type Block struct {
 	Entries int
+	Auto    bool     // without it where it can't be, rather than an error
 	Ports   []string // of its keys
 	Config  *dnsserver.Config
 	Next    plugin.Handler // behind the plugin that calls Enter
 
+	off      bool // Attach has found it impossible
 	alike    bool // shield has everybody ask alike
 	turns    bool // loadbalance turns the records of an answer
 	logs     []querylog.Rule
@@ -46,15 +48,28 @@ type Block struct {
 // Enter is called by the plugin of the name that Attach is given with each query that
 // comes to it in the block.
 func (b *Block) Enter(ctx context.Context, r *dns.Msg) {
+	if b.off {
+		return
+	}
 	if q, ok := ctx.Value(queryKey{}).(*query); ok {
 		q.enter(b, r)
 	}
 }
 
-// Attach gets the block ready, or says what does not go with fastpath. CoreDNS has made its
-// servers, of the configurations all, and does not listen yet. self is the name of the
-// plugin that calls Enter.
+// Attach gets the block ready, or says what does not go with fastpath: then no answer of the
+// block is kept. CoreDNS has made its servers, of the configurations all, and does not listen
+// yet. self is the name of the plugin that calls Enter.
 func (b *Block) Attach(self string, all []*dnsserver.Config) error {
+	err := b.beside(all)
+	if err == nil {
+		err = b.attach(self)
+	}
+	b.off = err != nil
+	return err
+}
+
+// beside checks that the blocks of the same address allow a fast way.
+func (b *Block) beside(all []*dnsserver.Config) error {
 	ours := reflect.ValueOf(b.Config.UDPDecorateWriterFunc).Pointer()
 	for _, c := range all {
 		if c.Transport != transport.DNS || !slices.Contains(b.Ports, c.Port) || !slices.ContainsFunc(c.ListenHosts, func(h string) bool { return slices.Contains(b.Config.ListenHosts, h) }) {
@@ -75,7 +90,7 @@ func (b *Block) Attach(self string, all []*dnsserver.Config) error {
 			return fmt.Errorf("fastpath can't go with the plugin %s in any server block that listens on the same address: take one of the two out", what)
 		}
 	}
-	return b.attach(self)
+	return nil
 }
 
 // attach checks that a block's plugins allow a fast way, and puts a marker behind its

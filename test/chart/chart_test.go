@@ -58,7 +58,8 @@ var counterparts = map[string]string{
 	"k8s/overlays/dual-stack":     `config: {dualStack: true, localDns: [169.254.20.10, "fd00:20::10"]}`,
 	"k8s/overlays/ipv6":           `config: {localDns: "fd00:20::10"}`,
 	"k8s/overlays/cilium":         "cilium: {enabled: true}",
-	"k8s/overlays/fastpath":       "config: {fastpath: {enabled: true}}",
+	"k8s/overlays/fastpath":       "config: {fastpath: {auto: false}}",
+	"components/no-fastpath":      "config: {fastpath: {enabled: false}}",
 	"k8s/overlays/kubespray":      "config: {dnsServiceName: coredns}",
 	"k8s/overlays/rke2":           "config: {dnsServiceName: rke2-coredns-rke2-coredns}",
 	"components/cluster-upstream": "config: {forwardToClusterDns: true}",
@@ -201,7 +202,7 @@ func TestBadValues(t *testing.T) {
 		"image: {tag: 1}":                           `/image/tag`,
 		"config: {upstreamServers: ['a b']}":        `/config/upstreamServers`,
 		"config: {forwardToClusterDns: true, upstreamServers: [192.0.2.53]}": `give one of the two`,
-		"config: {enableLogging: true, fastpath: {enabled: true}}":           `config.enableLogging can't go with config.fastpath.enabled`,
+		"config: {enableLogging: true, fastpath: {auto: false}}":             `config.enableLogging can't go with config.fastpath.enabled`,
 		"config: {dualStack: true, bindServiceIp: false}":                    `config.dualStack serves the address of a Service`,
 		"resources: {limits: {memory: 200M}}":                                `goMemLimit has to be given`,
 	} {
@@ -288,7 +289,7 @@ func TestValues(t *testing.T) {
 		"overrides":          {data(t, "config: {extraOverrides: 'hosts /etc/hosts'}", "values.override"), "hosts /etc/hosts\n"},
 		"addresses":          {data(t, "config: {dnsServer: [10.96.0.10, 10.96.0.9]}", "bind.conf"), "bind 169.254.20.10 10.96.0.10 10.96.0.9\n"},
 		"directive":          {data(t, "config: {skipTeardown: true, interfaceName: dns0, fastpath: {enabled: true, entries: 4096}}", "nodecache.conf"), "nodecache skipteardown {\n    interface dns0\n    firewall {$FIREWALL}\n"},
-		"entries":            {data(t, "config: {fastpath: {enabled: true, entries: 4096}}", "nodecache.conf"), "    fastpath 4096\n}\n"},
+		"entries":            {data(t, "config: {fastpath: {entries: 4096}}", "nodecache.conf"), "    fastpath auto 4096\n}\n"},
 		"registry":           {image(t, "image: {repository: registry.example/nodecache, tag: v9}\nconfig: {firewall: nftables}"), "registry.example/nodecache:v9-nftables"},
 		"digest":             {image(t, "image: {digest: 'sha256:"+strings.Repeat("0", 64)+"'}"), "@sha256:000"},
 		"memory":             {env(t, "resources: {limits: {memory: 1Gi}}", "GOMEMLIMIT"), "976MiB"},
@@ -296,7 +297,8 @@ func TestValues(t *testing.T) {
 		"memory said":        {env(t, "resources: {limits: {memory: 200M}}\ngoMemLimit: 150MiB", "GOMEMLIMIT"), "150MiB"},
 		"another Service":    {env(t, "config: {upstreamService: {name: dns-behind, create: false}}", "KUBE_DNS_UPSTREAM_SERVICE_HOST"), "$(DNS_BEHIND_SERVICE_HOST)"},
 		"probe over IPv6":    {env(t, "config: {localDns: ['fd00:20::10', 169.254.20.10]}", "PROBE_HOST"), "[fd00:20::10]"},
-		"further variables":  {env(t, "extraEnv: [{name: GOGC, value: '50'}]", "GOGC"), "50"},
+		"further variables":  {env(t, "extraEnv: [{name: GOGC, value: '75'}]", "GOGC"), "75"},
+		"garbage":            {env(t, "goGC: 80", "GOGC"), "80"},
 		"the test of a pair": {strings.TrimSpace(testOf(t, "pair: {enabled: true}")), "nslookup kubernetes.default.svc.cluster.local 169.254.20.10"},
 	} {
 		if !strings.Contains(c.got, c.want) {

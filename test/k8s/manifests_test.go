@@ -95,6 +95,7 @@ var components = map[string]variant{
 
 	"cluster-upstream": usual.with(func(v *variant) { v.upstream = "{$KUBE_DNS_UPSTREAM_SERVICE_HOST}" }),
 	"udp":              usual.with(func(v *variant) { v.protocol = "prefer_udp" }),
+	"no-fastpath":      usual,
 	"query-log":        usual.with(func(v *variant) { v.log = true }),
 	"port-names":       usual.with(func(v *variant) { v.named = true }),
 }
@@ -484,7 +485,7 @@ func checkResources(t *testing.T, c corev1.Container, corefile, directive string
 	s := sizing(t)
 	// In MiB. Half of a full cache is usual.
 	most := s["the process"] + blocks*s["a server block"] + waiting*s["a query that waits"] + entries*s["an answer, three names, four addresses"]
-	if strings.Contains(directive, "fastpath\n") {
+	if strings.Contains(directive, "\n    fastpath") {
 		most += float64(addresses) * 16384 * s["an answer of the fast path"] // its default
 	}
 	usual := s["the process"] + blocks*s["a server block"] + entries/2*s["an answer, one address"]
@@ -621,8 +622,8 @@ func TestSingleAndPairSideBySide(t *testing.T) {
 	}
 }
 
-// The fast path is the base and one line.
-func TestFastpathAddsOneLine(t *testing.T) {
+// The fast path is one line, of which one word makes it a wish, and no-fastpath the base without it.
+func TestFastpathIsOneLine(t *testing.T) {
 	base, err := manifest.Read("node-local.yaml")
 	if err != nil {
 		t.Fatal(err)
@@ -631,9 +632,17 @@ func TestFastpathAddsOneLine(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	const key = "nodecache.conf"
-	if got := strings.Replace(fast.ConfigMaps[0].Data[key], "    fastpath\n", "", 1); got != base.ConfigMaps[0].Data[key] {
-		t.Errorf("without its line it is\n%s\nwant\n%s", got, base.ConfigMaps[0].Data[key])
+	without, err := manifest.BuildOn(t.TempDir(), ".", "single", "no-fastpath")
+	if err != nil {
+		t.Fatal(err)
+	}
+	const key, line = "nodecache.conf", "    # Repeated questions are answered past the plugins.\n    fastpath auto\n"
+	usual := base.ConfigMaps[0].Data[key]
+	if got := strings.Replace(fast.ConfigMaps[0].Data[key], "    fastpath\n", "    fastpath auto\n", 1); got != usual {
+		t.Errorf("with the word it is\n%s\nwant\n%s", got, usual)
+	}
+	if got, want := without.ConfigMaps[0].Data[key], strings.Replace(usual, line, "", 1); got != want || want == usual {
+		t.Errorf("without fastpath it is\n%s\nwant\n%s", got, want)
 	}
 }
 

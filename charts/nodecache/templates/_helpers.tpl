@@ -108,8 +108,8 @@ eth0
 {{- if and .forwardToClusterDns .upstreamServers -}}
 {{- fail "config.forwardToClusterDns has all names asked of the cluster's DNS, and config.upstreamServers of others: give one of the two" -}}
 {{- end -}}
-{{- if and .enableLogging .fastpath.enabled -}}
-{{- fail "config.enableLogging can't go with config.fastpath.enabled, which answers past the plugin log" -}}
+{{- if and .enableLogging .fastpath.enabled (not .fastpath.auto) -}}
+{{- fail "config.enableLogging can't go with config.fastpath.enabled, which answers past the plugin log, where config.fastpath.auto is false" -}}
 {{- end -}}
 {{- if and .dualStack (not .bindServiceIp) -}}
 {{- fail "config.dualStack serves the address of a Service, and config.bindServiceIp is false: leave one of the two, and name addresses of both families in config.localDns" -}}
