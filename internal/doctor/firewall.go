@@ -82,32 +82,29 @@ func sharedPort(s Site) (found []string) {
 }
 
 // firewallDrops finds chains in which every query that is not tracked is dropped, or every
-// answer, wherever it comes from and by whatever link. Where some may pass nothing is
-// said.
+// answer, wherever it comes from and by whatever link; and where that is not so, those in
+// which that of each of this node's pods is. Where some pods may be served nothing is said.
 func firewallDrops(s Site) (found []string) {
 	if len(s.Untracked) == 0 {
 		return nil
 	}
+	links := podLinks()
 	drops := look([]string{"raw", "mangle", "filter", "security"}, func(r *ruleset.Ruleset) map[string][]desired.Endpoint {
 		drops := map[string][]desired.Endpoint{}
-		note := func(what string, e desired.Endpoint, results []ruleset.Result) {
-			for _, res := range results {
-				if !res.Drop || res.Accept {
-					continue
-				}
-				at := res.Chain.String()
-				if len(res.Places) == 1 {
-					at = res.Places[0].String()
-				}
-				drops[what+" ("+at+")"] = append(drops[what+" ("+at+")"], e)
-			}
-		}
 		for _, e := range s.Untracked {
-			query, answer, _ := ruleset.PacketsOf(e.Proto, netip.AddrPortFrom(e.Addr, e.Port))
-			note("query", e, r.Through(query, unix.NF_INET_PRE_ROUTING, "filter"))
-			note("query", e, r.Through(query, unix.NF_INET_LOCAL_IN, "filter"))
-			note("answer", e, r.Through(answer, unix.NF_INET_LOCAL_OUT, "filter", "route"))
-			note("answer", e, r.Through(answer, unix.NF_INET_POST_ROUTING, "filter"))
+			dropped := dropsOf(r, e, ruleset.Link{})
+			of := ""
+			if len(dropped) == 0 {
+				dropped, of = dropsOfAll(r, e, links[e.Addr.Is4()]), " of this node's pods"
+			}
+			for d, at := range dropped {
+				where := d.chain.String()
+				if len(at) == 1 {
+					where = at[0].String()
+				}
+				what := fmt.Sprintf("%s%s (%s)", d.what, of, where)
+				drops[what] = append(drops[what], e)
+			}
 		}
 		return drops
 	})
@@ -115,4 +112,54 @@ func firewallDrops(s Site) (found []string) {
 		found = append(found, fmt.Sprintf("the firewall drops every %s: have it accept what comes to %s, and what comes from there, whatever the connection state, or pods get no answer", what, some(drops[what])))
 	}
 	return found
+}
+
+// dropping is a base chain in which queries are dropped, or answers.
+type dropping struct {
+	what  string
+	chain ruleset.Chain
+}
+
+// dropsOf returns where each query to an endpoint of ours that comes in by a link, and each answer
+// that leaves by it, is dropped for certain, with the places.
+func dropsOf(r *ruleset.Ruleset, e desired.Endpoint, by ruleset.Link) map[dropping][]ruleset.Place {
+	drops := map[dropping][]ruleset.Place{}
+	query, answer, _ := ruleset.PacketsOf(e.Proto, netip.AddrPortFrom(e.Addr, e.Port))
+	for _, at := range []struct {
+		what string
+		ruleset.Packet
+		hook uint32
+	}{
+		{"query", query, unix.NF_INET_PRE_ROUTING},
+		{"query", query, unix.NF_INET_LOCAL_IN},
+		{"answer", answer, unix.NF_INET_LOCAL_OUT},
+		{"answer", answer, unix.NF_INET_POST_ROUTING},
+	} {
+		at.Link = by
+		for _, res := range r.Through(at.Packet, at.hook, "filter", "route") {
+			if res.Drop && !res.Accept {
+				drops[dropping{at.what, res.Chain}] = res.Places
+			}
+		}
+	}
+	return drops
+}
+
+// dropsOfAll is dropsOf for several links, of which there is none where one lets some pass.
+func dropsOfAll(r *ruleset.Ruleset, e desired.Endpoint, links []ruleset.Link) map[dropping][]ruleset.Place {
+	all := map[dropping][]ruleset.Place{}
+	for _, l := range links {
+		drops := dropsOf(r, e, l)
+		if len(drops) == 0 {
+			return nil
+		}
+		for d, places := range drops {
+			for _, p := range places {
+				if !slices.Contains(all[d], p) {
+					all[d] = append(all[d], p)
+				}
+			}
+		}
+	}
+	return all
 }

@@ -3,6 +3,7 @@ package ruleset
 import (
 	"bytes"
 	"encoding/binary"
+	"net"
 	"net/netip"
 
 	"github.com/google/nftables/expr"
@@ -245,6 +246,16 @@ func (p Packet) meta(key expr.MetaKey) value {
 			return known(append([]byte("lo"), make([]byte, unix.IFNAMSIZ-2)...)...)
 		}
 	}
+	if incoming := key == expr.MetaKeyIIFNAME || key == expr.MetaKeyIIF; p.Link.Name != "" && incoming == p.Dst.IsValid() {
+		switch key {
+		case expr.MetaKeyIIFNAME, expr.MetaKeyOIFNAME:
+			name := make([]byte, unix.IFNAMSIZ)
+			copy(name, p.Link.Name)
+			return known(name...)
+		case expr.MetaKeyIIF, expr.MetaKeyOIF:
+			return known(binary.NativeEndian.AppendUint32(nil, uint32(p.Link.Index))...)
+		}
+	}
 	switch key {
 	case expr.MetaKeyIIFNAME, expr.MetaKeyOIFNAME:
 		return unknown(unix.IFNAMSIZ, linkName)
@@ -292,11 +303,12 @@ func (p Packet) payload(base expr.PayloadBase, at, n int) value {
 	switch {
 	case base == expr.PayloadBaseTransportHeader:
 		header, known = make([]byte, 20), make([]byte, 20)
-		if p.SrcPort != 0 {
-			put(0, binary.BigEndian.AppendUint16(nil, p.SrcPort)...)
-		}
-		if p.DstPort != 0 {
-			put(2, binary.BigEndian.AppendUint16(nil, p.DstPort)...)
+		for i, port := range []uint16{p.SrcPort, p.DstPort} {
+			if port != 0 {
+				put(2*i, binary.BigEndian.AppendUint16(nil, port)...)
+			} else {
+				header[2*i], known[2*i] = clientPorts>>8, clientPorts>>8 // that bit
+			}
 		}
 	case base != expr.PayloadBaseNetworkHeader:
 		return v
@@ -309,6 +321,14 @@ func (p Packet) payload(base expr.PayloadBase, at, n int) value {
 		put(proto, p.Proto)
 		put(src, p.Src.AsSlice()...)
 		put(dst, p.Dst.AsSlice()...)
+		if peers := p.Link.Peers; peers.IsValid() && peers.Addr().Is4() == p.own().Is4() {
+			theirs := src
+			if p.Src.IsValid() {
+				theirs = dst
+			}
+			copy(header[theirs:], peers.Masked().Addr().AsSlice())
+			copy(known[theirs:], net.CIDRMask(peers.Bits(), peers.Addr().BitLen()))
+		}
 		if at == src && !p.Src.IsValid() || at == dst && !p.Dst.IsValid() {
 			v.kind = remoteAddr
 		}

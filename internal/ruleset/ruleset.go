@@ -128,15 +128,27 @@ func (r *Ruleset) set(c Chain, name string) (s Set, ok bool) {
 	return s, ok
 }
 
-// Packet is a DNS query or answer. An address that is not valid, or a port that is 0, can
-// be any; such an address is never one of this node's own.
+// Packet is a DNS query or answer. An address that is not valid can be any of another host's.
+// A port that is 0 is a client's, any from clientPorts on.
 type Packet struct {
 	Proto            byte // IPPROTO_UDP or IPPROTO_TCP
 	Src, Dst         netip.Addr
 	SrcPort, DstPort uint16
 	State            uint32 // StateUntracked, StateNew or 0, which can be any
 	Loopback         bool   // it leaves by lo; else by another link
+	Link             Link   // by which a query comes in, or an answer leaves; "" is any but lo
 }
+
+// Link is one by which others ask.
+type Link struct {
+	Name  string
+	Index int
+	Peers netip.Prefix // which addresses those others have; if it is not valid, any
+}
+
+// clientPorts is the first of the ports that Linux gives sockets by itself. So a rule for a
+// single lower one, such as those of Calico's failsafes, says nothing of clients.
+const clientPorts = 1 << 15
 
 // The states of connection tracking, as a rule sees them.
 const (

@@ -107,7 +107,10 @@ func TestRulesOfNFT(t *testing.T) {
 		"udp dport < 53 drop":                          {"accept", "accept"},
 		"udp dport > 53 drop":                          {"accept", "accept"},
 		"udp dport <= 53 drop":                         {"drop", "drop"},
-		"udp sport > 1023 drop":                        {"accept drop", "accept drop"},
+		"udp sport > 1023 drop":                        {"drop", "drop"},
+		"udp sport 53 drop":                            {"accept", "accept"},
+		"udp sport { 53, 2379 } drop":                  {"accept", "accept"},
+		"udp sport 40000 drop":                         {"accept drop", "accept drop"},
 		"tcp dport 53 drop":                            {"accept", "accept"},
 		"th dport { 22, 53 } drop":                     {"drop", "drop"},
 		"th dport != { 22, 53 } drop":                  {"accept", "accept"},
@@ -200,6 +203,50 @@ func TestRulesOfNFT(t *testing.T) {
 	}
 }
 
+// What is said of a query that comes in by a link, and of the answer that leaves by it.
+func TestRulesForLink(t *testing.T) {
+	for rule, want := range map[string][2]string{
+		"iifname cali1 drop":                             {"drop", "accept drop"},
+		"iifname \"cali*\" drop":                         {"drop", "accept drop"},
+		"iifname eth0 drop":                              {"accept", "accept drop"},
+		"iifname { lo, eth0 } accept; drop":              {"drop", "accept drop"},
+		"iifname vmap { cali1 : drop, cali2 : accept }":  {"drop", "accept drop"},
+		"oifname \"cali*\" drop":                         {"accept drop", "drop"},
+		"oifname eth0 drop":                              {"accept drop", "accept"},
+		"ip saddr 10.0.1.0/24 drop":                      {"drop", "accept"},
+		"ip saddr 10.0.1.64/26 drop":                     {"accept drop", "accept"},
+		"ip saddr 10.0.2.0/24 drop":                      {"accept", "accept"},
+		"ip saddr { 10.0.2.0/24, 10.0.0.0/23 } drop":     {"drop", "accept"},
+		"ip daddr 10.0.1.0/24 drop":                      {"accept", "drop"},
+		"ip daddr 10.0.1.7 drop":                         {"accept", "accept drop"},
+		"ip daddr . udp sport { 10.0.1.0/24 . 53 } drop": {"accept", "drop"},
+	} {
+		t.Run(rule, func(t *testing.T) {
+			text := "table inet t {"
+			for _, hook := range []string{"input", "output"} {
+				text += " chain " + hook + " { type filter hook " + hook + " priority 0; " + rule + "; };"
+			}
+			if strings.Contains(rule, "iif") {
+				text = strings.ReplaceAll(text, "hook output priority 0; "+rule, "hook output priority 0; meta mark 1 drop")
+			} else if strings.Contains(rule, "oif") {
+				text = strings.ReplaceAll(text, "hook input priority 0; "+rule, "hook input priority 0; meta mark 1 drop")
+			}
+			inKernel(t, text+" }", func(r *Ruleset) {
+				link := Link{"cali1", 7, netip.MustParsePrefix("10.0.1.0/24")}
+				for i, at := range []struct {
+					Packet
+					hook uint32
+				}{{query(own4), unix.NF_INET_LOCAL_IN}, {answer(own4), unix.NF_INET_LOCAL_OUT}} {
+					at.Link = link
+					if got := said(r.Through(at.Packet, at.hook, "filter")); got != want[i] {
+						t.Errorf("at hook %d: %q, want %q", at.hook, got, want[i])
+					}
+				}
+			}, "nft", "-f", "-")
+		})
+	}
+}
+
 // The same rules of iptables by both of its variants. The policy is to accept.
 func TestRulesOfIptables(t *testing.T) {
 	for rule, want := range map[string]string{
@@ -207,14 +254,17 @@ func TestRulesOfIptables(t *testing.T) {
 		"-p udp --dport 53 -j DROP":                           "drop",
 		"-p udp ! --dport 53 -j DROP":                         "accept",
 		"-p udp --dport 50:60 -j DROP":                        "drop",
-		"-p udp --sport 50:60 -j DROP":                        "accept drop",
+		"-p udp --sport 50:60 -j DROP":                        "accept",
+		"-p udp --sport 1024:65535 -j DROP":                   "drop",
+		"-p udp --sport 40000 -j DROP":                        "accept drop",
 		"-p tcp --dport 53 -j DROP":                           "accept",
 		"! -p tcp -j DROP":                                    "drop",
 		"-p icmp -j DROP":                                     "accept",
 		"-p udp -m multiport --dports 22,50:60,80 -j DROP":    "drop",
 		"-p udp -m multiport --dports 22,80:90 -j DROP":       "accept",
 		"-p udp -m multiport ! --dports 22,80:90 -j DROP":     "drop",
-		"-p udp -m multiport --sports 22,80:90 -j DROP":       "accept drop",
+		"-p udp -m multiport --sports 22,80:90 -j DROP":       "accept",
+		"-p udp -m multiport --sports 22,40000 -j DROP":       "accept drop",
 		"-p udp -m multiport --ports 22,53 -j DROP":           "drop",
 		"-s 10.0.0.0/8 -j DROP":                               "accept drop",
 		"-s 127.0.0.0/8 -j DROP":                              "accept",

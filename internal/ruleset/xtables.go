@@ -53,11 +53,11 @@ func (x *run) xtMatch(name string, info any) maybe {
 	return perhaps
 }
 
-// portIn tells whether a port, 0 being any, is in a range.
+// portIn tells whether a port, 0 being a client's, is in a range.
 func portIn(port uint16, ports [2]uint16, not bool) maybe {
 	m := sure(ports[0] <= port && port <= ports[1])
 	if port == 0 {
-		m = between(ports == [2]uint16{0, 0xffff}, true)
+		m = between(ports[0] <= clientPorts && ports[1] == 0xffff, ports[1] >= clientPorts)
 	}
 	return m.invert(not)
 }
