@@ -14,9 +14,11 @@ import (
 // those of iptables, words between at signs differ between IPv4 and IPv6.
 var (
 	wordsOf4 = strings.NewReplacer("@PODS@", "10.0.1.0/24", "@SERVICES@", "10.96.0.0/16", "@SERVICE@", "10.96.0.10/32", "@SERVER@", "10.0.2.2/32", "@TO-SERVER@", "10.0.2.2:53",
-		"@OTHER@", "172.17.0.2/32", "@TO-OTHER@", "172.17.0.2:80", "@LOCALS@", "169.254.0.0/16", "@LOOPBACK@", "127.0.0.0/8", "@MDNS@", "224.0.0.251/32", "@ICMP@", "icmp")
+		"@OTHER@", "172.17.0.2/32", "@TO-OTHER@", "172.17.0.2:80", "@LOCALS@", "169.254.0.0/16", "@LOOPBACK@", "127.0.0.0/8", "@MDNS@", "224.0.0.251/32", "@ICMP@", "icmp",
+		"@PODS2@", "10.0.3.0/24", "@6@", "")
 	wordsOf6 = strings.NewReplacer("@PODS@", "fd00:1::/64", "@SERVICES@", "fd00:96::/112", "@SERVICE@", "fd00:96::10/128", "@SERVER@", "fd00:2::2/128", "@TO-SERVER@", "[fd00:2::2]:53",
-		"@OTHER@", "fd00:17::2/128", "@TO-OTHER@", "[fd00:17::2]:80", "@LOCALS@", "fd00:20::/64", "@LOOPBACK@", "::1/128", "@MDNS@", "ff02::fb/128", "@ICMP@", "ipv6-icmp")
+		"@OTHER@", "fd00:17::2/128", "@TO-OTHER@", "[fd00:17::2]:80", "@LOCALS@", "fd00:20::/64", "@LOOPBACK@", "::1/128", "@MDNS@", "ff02::fb/128", "@ICMP@", "ipv6-icmp",
+		"@PODS2@", "fd00:3::/64", "@6@", "6")
 )
 
 // empty is tables of iptables without rules.
