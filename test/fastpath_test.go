@@ -95,7 +95,18 @@ func (n *node) fastNumber(name string) float64 {
 // moment: a query with a byte too many is the same to CoreDNS and never gets a ready
 // answer. LAB_FASTPATH_QUERIES is how many queries are compared.
 func TestFastpathAnswersTheSame(t *testing.T) {
-	for _, c := range []struct{ name, lines string }{{"cache", "cache 3600"}, {"manifest", "cache {\n success 9984 30 0\n denial 9984 5 0\n prefetch 10 1m 10%\n serve_stale 1h verify 1s 5s\n servfail 0\n }\n    shield\n    loadbalance"}, {"shield-and-loadbalance", "cache 3600 {\n prefetch 10 1m 10%\n }\n    shield\n    loadbalance"}} {
+	rewrites := `cache 3600
+    shield
+    rewrite name exact host0.fast.test host1.fast.test
+    rewrite continue name prefix host2 four
+    rewrite name suffix .out.fast.test. .fast.test. answer auto
+    rewrite name regex (cname)2\.(.*) {1}.{2} answer name (.*)\.fast\.test {1}.elsewhere.test
+    rewrite name substring wenty ext
+    rewrite type MX TXT`
+	for _, c := range []struct{ name, lines string }{
+		{"cache", "cache 3600"}, {"rewrite", rewrites}, {"shield-and-loadbalance", "cache 3600 {\n prefetch 10 1m 10%\n }\n    shield\n    loadbalance"},
+		{"manifest", "cache {\n success 9984 30 0\n denial 9984 5 0\n prefetch 10 1m 10%\n serve_stale 1h verify 1s 5s\n servfail 0\n }\n    shield\n    loadbalance"},
+	} {
 		t.Run(c.name, func(t *testing.T) { answersTheSame(t, c.lines) })
 	}
 }
@@ -431,6 +442,37 @@ func TestFastpathTurnsAddresses(t *testing.T) {
 	}
 	if hits := n.fastNumber("coredns_nodecache_fastpath_hits_total"); hits < 3900 {
 		n.Errorf("%.0f of 4000 were ready answers", hits)
+	}
+}
+
+// A question that the plugin rewrite changes gets no ready answer, not even one whose name others
+// are changed into, so that the cache plugin has an item for it.
+func TestFastpathLeavesWhatIsRewritten(t *testing.T) {
+	n := newNode(t, backend{lab.NFT, ""})
+	n.serve(n.fastCorefile("cache 3600\n    rewrite name exact host3.fast.test host0.fast.test\n    rewrite name exact host0.fast.test host1.fast.test"))
+	a, err := n.asker(on(lab.LinkLocal)[0])
+	n.must(err)
+	defer a.conn.Close()
+	ready := func(name string) float64 {
+		q := message(dns.Question{Name: name, Qtype: dns.TypeAAAA, Qclass: 1}, func(*dns.Msg) {})
+		for range 3 {
+			got, err := a.ask(10*time.Second, slices.Repeat([][]byte{q}, 10)...)
+			n.must(err)
+			if slices.ContainsFunc(got, func(b []byte) bool { return b == nil }) {
+				n.Fatalf("%s is not answered", name)
+			}
+		}
+		return n.fastNumber("coredns_nodecache_fastpath_hits_total")
+	}
+	for range 5 {
+		for _, name := range []string{"host3.fast.test.", "host0.fast.test."} {
+			if hits := ready(name); hits > 0 {
+				n.Fatalf("%.0f ready answers after %s", hits, name)
+			}
+		}
+	}
+	if !eventually(func() bool { return ready("host2.fast.test.") > 0 }) {
+		n.Error("a question that no rule changes gets no ready answer")
 	}
 }
 

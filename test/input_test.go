@@ -93,6 +93,7 @@ func TestBadInput(t *testing.T) {
 		{name: "fastpath-with-log", corefile: fast("log"), words: []string{":4", "fastpath", "log"}},
 		{name: "fastpath-with-acl", corefile: fast("acl {\n allow net 0.0.0.0/0\n }"), words: []string{":4", "fastpath", "acl"}},
 		{name: "fastpath-with-loadbalance", corefile: fast("loadbalance {\n prefer 10.0.0.0/8\n }"), words: []string{":4", "fastpath", "loadbalance"}},
+		{name: "fastpath-with-rewrite", corefile: fast("rewrite edns0 local set 0xffee abcd"), words: []string{":4", "fastpath", "rewrite"}},
 		{name: "fastpath-with-trace", corefile: fast("trace"), words: []string{":4", "fastpath", "trace"}},
 		{name: "fastpath-with-multisocket", corefile: fast("multisocket 2"), words: []string{":4", "fastpath", "multisocket"}},
 		{name: "fastpath-with-shed", corefile: fast("shed"), words: []string{":4", "fastpath", "shed"}},

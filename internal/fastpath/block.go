@@ -17,6 +17,8 @@ import (
 	prom "github.com/coredns/coredns/plugin/metrics"
 	"github.com/coredns/coredns/plugin/pkg/response"
 	"github.com/coredns/coredns/plugin/pkg/transport"
+	"github.com/coredns/coredns/plugin/rewrite"
+	"github.com/coredns/coredns/request"
 	"github.com/miekg/dns"
 )
 
@@ -40,6 +42,7 @@ type Block struct {
 	alike    bool // shield has everybody ask alike
 	turns    bool // loadbalance turns the records of an answer
 	logs     []querylog.Rule
+	rewrites []rewrite.Rule
 	items    *items
 	settings cacheSettings
 	metrics  *prom.Metrics // nil: the block has no prometheus
@@ -126,6 +129,14 @@ func (b *Block) attach(self string) error {
 			h = l.Next
 			continue
 		}
+		if rw, ok := h.(rewrite.Rewrite); ok {
+			if !goByQuestion(rw.Rules) {
+				return fmt.Errorf("fastpath can't go with the plugin rewrite but with rules of the kinds name (without metadata) and type: change that, or take one of the two out")
+			}
+			b.rewrites = rw.Rules
+			h = rw.Next
+			continue
+		}
 		if h == nil {
 			return fmt.Errorf("fastpath needs the plugin cache in the same server block: it sends again what cache has answered")
 		}
@@ -165,6 +176,28 @@ func turnsEvenly(lb loadbalance.LoadBalance) bool {
 	}
 	fn := runtime.FuncForPC(f.Pointer())
 	return fn != nil && strings.HasSuffix(fn.Name(), "/plugin/loadbalance.randomShuffle")
+}
+
+// goByQuestion tells whether each rule goes by the name, whatever its letters' case, or by the type
+// of a question alone, as those of these types do.
+func goByQuestion(rules []rewrite.Rule) bool {
+	kinds := []string{"exactNameRule", "prefixNameRule", "suffixNameRule", "substringNameRule", "regexNameRule", "typeRule"}
+	for _, r := range rules {
+		if t := reflect.TypeOf(r); t.Kind() != reflect.Pointer || !slices.Contains(kinds, t.Elem().Name()) {
+			return false
+		}
+	}
+	return true
+}
+
+// isRewritten tells whether the plugin rewrite changes a question, or the answer to it.
+func (b *Block) isRewritten(q dns.Question) bool {
+	for _, r := range b.rewrites {
+		if _, result := r.Rewrite(context.Background(), request.Request{Req: &dns.Msg{Question: []dns.Question{q}}}); result != rewrite.RewriteIgnored {
+			return true
+		}
+	}
+	return false
 }
 
 // logsAll tells whether all answers to the names of a zone are logged that are no failures.

@@ -165,7 +165,7 @@ func (w *keepingWriter) WriteMsg(m *dns.Msg) error {
 // keep puts an answer into the table if the cache plugin made it from an item that is
 // known.
 func (v *serving) keep(q *query, m *dns.Msg, wire []byte) {
-	if m.Truncated || len(wire) > maxWire || q.missed.Load() {
+	if m.Truncated || len(wire) > maxWire || q.missed.Load() || q.block.isRewritten(q.asked) {
 		return
 	}
 	sh := shape{rcode: m.Rcode, answer: len(m.Answer), ns: len(m.Ns), extras: len(m.Extra)}
