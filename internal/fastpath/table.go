@@ -13,7 +13,7 @@ import (
 )
 
 const (
-	ways = 8 // entries of one bucket
+	ways = 7 // entries of one bucket
 	// asked is how many looks for room an entry outlives that has been asked for.
 	asked          = 2
 	DefaultEntries = 1 << 14
@@ -160,7 +160,23 @@ type answerTable struct {
 	locks   [64]sync.Mutex // of the buckets, for changes
 }
 
-type bucket [ways]atomic.Pointer[answer]
+// A bucket is one cache line, so that a hit reads that and the answer that it wants: after a sleep
+// the CPU has to fetch both from memory, and with them what else it looks at.
+type bucket struct {
+	marks   atomic.Uint64 // a byte of each answer's hash
+	answers [ways]atomic.Pointer[answer]
+}
+
+// mark is the byte of a hash that a bucket has of it. Which bucket it is depends on others.
+func mark(hash uint64) byte { return byte(hash) }
+
+// set has the i-th place hold a, which may be nil, and returns what it has held.
+func (b *bucket) set(i int, a *answer) *answer {
+	if a != nil {
+		b.marks.Store(b.marks.Load()&^(0xff<<(8*i)) | uint64(mark(a.hash))<<(8*i))
+	}
+	return b.answers[i].Swap(a)
+}
 
 func newAnswerTable(entries int) *answerTable {
 	// Half of the places stay empty, so that hardly a bucket is full before the table is.
@@ -200,8 +216,12 @@ func (t *answerTable) get(q []byte) *answer {
 func (t *answerTable) find(key []byte) *answer {
 	hash := maphash.Bytes(t.seed, key)
 	b := &t.buckets[t.bucket(hash)]
-	for i := range b {
-		a := b[i].Load()
+	marks := b.marks.Load()
+	for i := range b.answers {
+		if byte(marks>>(8*i)) != mark(hash) {
+			continue
+		}
+		a := b.answers[i].Load()
 		if a != nil && a.hash == hash && bytes.Equal(a.key, key) {
 			if a.used.Load() != asked {
 				a.used.Store(asked)
@@ -237,8 +257,8 @@ func (t *answerTable) place(a *answer, now int64) bool {
 		none
 	)
 	victim, best := -1, none
-	for i := range b {
-		old := b[i].Load()
+	for i := range b.answers {
+		old := b.answers[i].Load()
 		if old != nil && old.hash == a.hash && bytes.Equal(old.key, a.key) {
 			victim = i
 			break
@@ -256,7 +276,7 @@ func (t *answerTable) place(a *answer, now int64) bool {
 			victim, best = i, rank
 		}
 	}
-	if victim < 0 || !t.fits(a, b[victim].Load()) {
+	if victim < 0 || !t.fits(a, b.answers[victim].Load()) {
 		return false
 	}
 	t.set(b, victim, a)
@@ -276,7 +296,7 @@ func (t *answerTable) fits(a, old *answer) bool {
 
 // set has the i-th place of a bucket hold a, which may be nil.
 func (t *answerTable) set(b *bucket, i int, a *answer) {
-	if old := b[i].Swap(a); old != nil {
+	if old := b.set(i, a); old != nil {
 		t.entries.Add(-1)
 		t.bytes.Add(-old.size())
 	}
@@ -293,8 +313,8 @@ func (t *answerTable) age(n int, now int64) {
 	l.Lock()
 	defer l.Unlock()
 	b := &t.buckets[n]
-	for i := range b {
-		a := b[i].Load()
+	for i := range b.answers {
+		a := b.answers[i].Load()
 		if a == nil {
 			continue
 		}

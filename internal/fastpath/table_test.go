@@ -95,8 +95,8 @@ func TestAnswerTable(t *testing.T) {
 	}
 	held := int64(0)
 	for i := range tab.buckets {
-		for j := range tab.buckets[i] {
-			if a := tab.buckets[i][j].Load(); a != nil {
+		for j := range tab.buckets[i].answers {
+			if a := tab.buckets[i].answers[j].Load(); a != nil {
 				held += a.size()
 			}
 		}
@@ -179,5 +179,21 @@ func BenchmarkLookup(b *testing.B) {
 				a.put(out[:], q, ttl)
 			}
 		}
+	}
+}
+
+// One operation is one look for one of more answers than a CPU's own caches hold.
+func BenchmarkGet(b *testing.B) {
+	tab := newAnswerTable(1 << 16)
+	queries := make([][]byte, 1<<15)
+	for i := range queries {
+		var a *answer
+		a, queries[i] = entry(b, i)
+		a.counts = new(counts)
+		tab.add(a, sinceEpoch())
+	}
+	b.ReportAllocs()
+	for i := 0; b.Loop(); i++ {
+		tab.get(queries[i*7919%len(queries)])
 	}
 }
