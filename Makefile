@@ -172,6 +172,14 @@ lives: deps coredns ## Reload COUNT times in a row, and start and end a twin as 
 corefile: deps coredns ## Measure what the options of the manifests' Corefile are for (needs root).
 	LAB_COREFILE=1 go test -C test -count=1 -timeout 20m -v -run TestCorefileTable .
 
+# How many questions.
+ANSWERS ?= 100000
+
+.PHONY: answers
+answers: deps coredns ## Compare the answers to ANSWERS (100000) questions with plain CoreDNS's and unbound's (needs root).
+	test/deps unbound
+	LAB_ANSWERS=$(ANSWERS) go test -C test -count=1 -timeout 20m -v -run TestAnswersTable .
+
 .PHONY: monitoring-test
 monitoring-test: deps coredns ## Test the alerts and the dashboard with Prometheus (needs root).
 	test/deps promtool prometheus

@@ -85,9 +85,9 @@ var fastShapes = func() (shapes []shape) {
 	})
 	for i := range 8 {
 		cases(fmt.Sprintf("random case %d", i), func(s string) string {
-			b := []byte(s)
+			b, r := []byte(s), rand.New(rand.NewPCG(uint64(i), uint64(len(s))))
 			for i := range b {
-				if b[i] >= 'a' && b[i] <= 'z' && rand.IntN(2) == 0 {
+				if b[i] >= 'a' && b[i] <= 'z' && r.IntN(2) == 0 {
 					b[i] -= 'a' - 'A'
 				}
 			}
@@ -125,10 +125,21 @@ var oddShapes = func() (shapes []shape) {
 		m.Ns = append(m.Ns, &dns.A{Hdr: dns.RR_Header{Name: "x.", Rrtype: dns.TypeA, Class: 1}, A: net.IPv4zero})
 	})
 	add("response", func(m *dns.Msg) { m.Response = true })
-	for _, o := range []int{dns.OpcodeIQuery, dns.OpcodeStatus, dns.OpcodeNotify, dns.OpcodeUpdate, 3, 15} {
+	for _, o := range ednsOptions {
+		add("option "+o.name, func(m *dns.Msg) {
+			edns(1232, false, &dns.EDNS0_LOCAL{Code: o.code, Data: o.data})(m)
+			m.Extra[0].(*dns.OPT).SetVersion(o.version)
+		})
+	}
+	for _, v := range []uint8{2, 255} {
+		add(fmt.Sprintf("edns version %d", v), func(m *dns.Msg) { edns(1232, true)(m); m.IsEdns0().SetVersion(v) })
+	}
+	add("edns with a name", func(m *dns.Msg) { edns(1232, false)(m); m.Extra[0].Header().Name = "x." })
+	add("edns in answer", func(m *dns.Msg) { edns(1232, false)(m); m.Answer, m.Extra = m.Extra, nil })
+	for o := 1; o < 16; o++ {
 		add(fmt.Sprintf("opcode %d", o), func(m *dns.Msg) { m.Opcode = o })
 	}
-	for _, c := range []uint16{dns.ClassCHAOS, dns.ClassHESIOD, dns.ClassANY, dns.ClassNONE, 0} {
+	for _, c := range []uint16{dns.ClassCHAOS, dns.ClassHESIOD, dns.ClassANY, dns.ClassNONE, 0, 2, 5, 65535} {
 		add(fmt.Sprintf("class %d", c), func(m *dns.Msg) { m.Question[0].Qclass = c })
 	}
 	add("two questions", func(m *dns.Msg) { m.Question = append(m.Question, m.Question[0]) })
@@ -164,6 +175,14 @@ var oddShapes = func() (shapes []shape) {
 		return append(append(b[:12:12], bytes.Repeat([]byte("\x07abcdefg"), 50)...), 0, 0, 1, 0, 1)
 	})
 	raw("additional that is not there", set(11, 1))
+	opt := func(data ...byte) func(b []byte) []byte {
+		return func(b []byte) []byte {
+			b[11] = 1
+			return append(b, append([]byte{0, 0, 41, 4, 208, 0, 0, 0, 0, 0, byte(len(data))}, data...)...)
+		}
+	}
+	raw("option beyond the end", opt(0, 3, 0, 9))
+	raw("option that is cut", opt(0, 3, 0))
 	raw("additionals that are not there", set(10, 0xff, 0xff))
 	raw("answers that are not there", set(6, 0xff, 0xff))
 	for i := range 4 {
@@ -176,6 +195,21 @@ var oddShapes = func() (shapes []shape) {
 	}
 	return shapes
 }()
+
+// ednsOptions are those that others than resolvers may send, well-formed or not.
+var ednsOptions = []struct {
+	name    string
+	code    uint16
+	data    []byte
+	version uint8
+}{
+	{"0", 0, nil, 0}, {"LLQ", 1, make([]byte, 18), 0}, {"UL", 2, make([]byte, 4), 0}, {"NSID with data", 3, []byte("x"), 0}, {"DAU", 5, []byte{8, 13}, 0}, {"DHU", 6, []byte{2}, 0},
+	{"N3U", 7, []byte{1}, 0}, {"no subnet", 8, []byte{0, 1, 0, 0}, 0}, {"subnet of IPv6", 8, []byte{0, 2, 32, 0, 0x20, 1, 0x0d, 0xb8}, 0}, {"subnet with a scope", 8, []byte{0, 1, 24, 24, 192, 0, 2}, 0},
+	{"subnet that is cut", 8, []byte{0, 1, 24}, 0}, {"subnet of no family", 8, []byte{0, 9, 24, 0, 192, 0, 2}, 0}, {"subnet with more bits", 8, []byte{0, 1, 8, 0, 192, 255}, 0}, {"EXPIRE", 9, nil, 0},
+	{"EXPIRE of 1", 9, []byte{1}, 0}, {"short cookie", 10, []byte{1, 2, 3, 4}, 0}, {"long cookie", 10, make([]byte, 41), 0}, {"keepalive", 11, nil, 0}, {"keepalive of 1", 11, []byte{1}, 0},
+	{"CHAIN", 13, []byte{0}, 0}, {"KEY-TAG", 14, []byte{0x4a, 0x5c}, 0}, {"error", 15, []byte{0, 18}, 0}, {"error that is cut", 15, []byte{0}, 0}, {"report channel", 18, nil, 0}, {"ZONEVERSION", 19, nil, 0},
+	{"100", 100, nil, 0}, {"100 of version 1", 100, nil, 1}, {"65001", 65001, []byte{1, 2, 3, 4, 5, 6}, 0}, {"65535", 65535, make([]byte, 300), 0},
+}
 
 // An asker sends packets from the pod and gathers the answers by their IDs.
 type asker struct {

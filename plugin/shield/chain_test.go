@@ -10,6 +10,7 @@ import (
 	"github.com/coredns/coredns/plugin"
 	"github.com/coredns/coredns/plugin/pkg/dnstest"
 	"github.com/coredns/coredns/plugin/test"
+	"github.com/coredns/coredns/request"
 	"github.com/miekg/dns"
 )
 
@@ -92,6 +93,21 @@ func TestEverybodyAsksInOneForm(t *testing.T) {
 	ask(t, around(u), transfer)
 	if u.asked != transfer {
 		t.Errorf("a transfer goes on as %v", u.asked)
+	}
+}
+
+// Flags of EDNS that have no meaning yet are not sent back (RFC 6891, section 6.1.4).
+func TestFlagsAreNotSentBack(t *testing.T) {
+	u := &upstream{answer: func(m *dns.Msg) { m.Answer = []dns.RR{rr(t, "www.example.org. 60 IN A 192.0.2.1")} }}
+	for _, do := range []bool{false, true} {
+		r := withEDNS("www.example.org.")
+		r.IsEdns0().SetDo(do)
+		r.IsEdns0().Hdr.Ttl |= 0x7fff
+		w := dnstest.NewRecorder(&test.ResponseWriter{})
+		around(u).ServeDNS(t.Context(), request.NewScrubWriter(r, w), r)
+		if o := w.Msg.IsEdns0(); o == nil || o.Hdr.Ttl&0x7fff != 0 || o.Do() != do {
+			t.Errorf("the answer has %v", o)
+		}
 	}
 }
 

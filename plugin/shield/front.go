@@ -26,6 +26,9 @@ func (f *Front) ServeDNS(ctx context.Context, w dns.ResponseWriter, r *dns.Msg) 
 	if !concerns(r) {
 		return plugin.NextOrFailure(f.Name(), f.Next, ctx, w, r)
 	}
+	if o := r.IsEdns0(); o != nil {
+		o.Hdr.Ttl &= doBit // CoreDNS makes the answer's OPT record of it, in which there must be no other flag
+	}
 	asked := common(r, f.keep)
 	c := &clientWriter{ResponseWriter: w, r: r}
 	if r.IsEdns0() != nil {
@@ -80,10 +83,12 @@ func common(r *dns.Msg, keep []uint16) *dns.Msg {
 	return c
 }
 
+// doBit is DO in what is a TTL in other records than OPT.
+const doBit = 1 << 15
+
 // plainOPT tells whether an OPT record has nothing but the size and DO, and what may be kept.
 func plainOPT(o *dns.OPT, keep []uint16) bool {
-	const do = 1 << 15
-	return o.Hdr.Ttl&^do == 0 && !slices.ContainsFunc(o.Option, func(e dns.EDNS0) bool { return !slices.Contains(keep, e.Option()) })
+	return o.Hdr.Ttl&^doBit == 0 && !slices.ContainsFunc(o.Option, func(e dns.EDNS0) bool { return !slices.Contains(keep, e.Option()) })
 }
 
 func isLower(s string) bool {

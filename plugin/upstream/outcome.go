@@ -139,8 +139,7 @@ func (c *race) others() bool {
 
 // unpack reads an answer. One that a datagram could not hold is as good as truncated.
 func (c *race) unpack(o outcome) (*dns.Msg, error) {
-	m := new(dns.Msg)
-	err := m.Unpack(o.msg)
+	m, err := unpack(o.msg)
 	if err != nil && o.a.way == overUDP && (o.msg[2]&bitTC != 0 || len(o.msg) == cap(o.a.buf)) {
 		return c.emptied(o.msg), nil
 	}

@@ -46,8 +46,8 @@ func (l *Lab) Start(binary, corefile string, o Options) (*CoreDNS, error) {
 	if err != nil {
 		return nil, err
 	}
-	p := &CoreDNS{Corefile: filepath.Join(dir, "Corefile"), exited: make(chan struct{}), node: l.Node}
-	p.log.changed = make(chan struct{})
+	p := l.process()
+	p.Corefile = filepath.Join(dir, "Corefile")
 	if err := p.Configure(corefile); err != nil {
 		return nil, err
 	}
@@ -61,9 +61,31 @@ func (l *Lab) Start(binary, corefile string, o Options) (*CoreDNS, error) {
 		}
 	}
 	words := append(append([]string{}, o.Via...), binary, "-conf", p.Corefile)
+	if err := l.start(p, dir, o.Env, words...); err != nil {
+		return nil, err
+	}
+	return p, nil
+}
+
+// StartProgram starts another program on the node, which ends with the lab.
+func (l *Lab) StartProgram(words ...string) (*CoreDNS, error) {
+	p := l.process()
+	if err := l.start(p, l.Dir, nil, words...); err != nil {
+		return nil, err
+	}
+	return p, nil
+}
+
+func (l *Lab) process() *CoreDNS {
+	p := &CoreDNS{exited: make(chan struct{}), node: l.Node}
+	p.log.changed = make(chan struct{})
+	return p
+}
+
+func (l *Lab) start(p *CoreDNS, dir string, env []string, words ...string) error {
 	cmd := l.Node.command(words[0], words[1:]...)
 	cmd.Dir = dir
-	cmd.Env = append(append([]string{}, l.Env...), o.Env...)
+	cmd.Env = append(append([]string{}, l.Env...), env...)
 	cmd.Stdout, cmd.Stderr = &p.log, &p.log
 
 	started := make(chan error, 1)
@@ -87,11 +109,11 @@ func (l *Lab) Start(binary, corefile string, o Options) (*CoreDNS, error) {
 		close(p.exited)
 	}()
 	if err := <-started; err != nil {
-		return nil, fmt.Errorf("starting %s: %w", strings.Join(words, " "), err)
+		return fmt.Errorf("starting %s: %w", strings.Join(words, " "), err)
 	}
 	p.Pid = cmd.Process.Pid
 	l.processes = append(l.processes, p)
-	return p, nil
+	return nil
 }
 
 // Configure writes the configuration that the next reload reads.
