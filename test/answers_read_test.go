@@ -199,6 +199,9 @@ func differs[T comparable](in string, a, b T) []difference {
 }
 
 func rcodeName(n int) string {
+	if n == dns.RcodeBadVers {
+		return "BADVERS" // for the library it is BADSIG too
+	}
 	if s, ok := dns.RcodeToString[n]; ok {
 		return s
 	}

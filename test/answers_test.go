@@ -296,6 +296,7 @@ func (n *node) sameAsCoreDNS(count int, whom []int, take func(askedQuestion)) st
 	questions, compared, wrong := 0, 0, 0
 	n.answersFrom(1, whom, count, func(a askedQuestion) {
 		questions++
+		take(a)
 		for i, want := range a.answers[answersSame] {
 			for _, who := range []int{answersOurs, answersFast} {
 				compared++
@@ -340,7 +341,11 @@ func (q *corpusQuestion) hurts(answer []byte) string {
 	if o != nil {
 		size = max(size, int(o.UDPSize()))
 	}
-	end := 12 + bytes.IndexByte(q.packet[12:], 0) + 5
+	_, end, err := readName(q.packet, 12)
+	if err != nil {
+		return ""
+	}
+	end += 4
 	switch {
 	case !q.tcp && a.size > size:
 		return "larger than the client takes"

@@ -65,6 +65,8 @@ var fastShapes = func() (shapes []shape) {
 	}
 	add("cookie", edns(1232, false, &dns.EDNS0_COOKIE{Code: dns.EDNS0COOKIE, Cookie: "0123456789abcdef"}))
 	add("another cookie", edns(1232, false, &dns.EDNS0_COOKIE{Code: dns.EDNS0COOKIE, Cookie: "fedcba9876543210" + "0011223344556677"}))
+	add("short cookie", edns(1232, false, &dns.EDNS0_LOCAL{Code: dns.EDNS0COOKIE, Data: []byte{1, 2, 3, 4}}))
+	add("long cookie", edns(1232, false, &dns.EDNS0_LOCAL{Code: dns.EDNS0COOKIE, Data: make([]byte, 41)}))
 	add("padding", edns(1232, false, &dns.EDNS0_PADDING{Padding: make([]byte, 20)}))
 	add("cookie and padding", edns(4096, true, &dns.EDNS0_COOKIE{Code: dns.EDNS0COOKIE, Cookie: "00"}, &dns.EDNS0_PADDING{}))
 	cases := func(name string, change func(string) string) {
@@ -206,7 +208,7 @@ var ednsOptions = []struct {
 	{"0", 0, nil, 0}, {"LLQ", 1, make([]byte, 18), 0}, {"UL", 2, make([]byte, 4), 0}, {"NSID with data", 3, []byte("x"), 0}, {"DAU", 5, []byte{8, 13}, 0}, {"DHU", 6, []byte{2}, 0},
 	{"N3U", 7, []byte{1}, 0}, {"no subnet", 8, []byte{0, 1, 0, 0}, 0}, {"subnet of IPv6", 8, []byte{0, 2, 32, 0, 0x20, 1, 0x0d, 0xb8}, 0}, {"subnet with a scope", 8, []byte{0, 1, 24, 24, 192, 0, 2}, 0},
 	{"subnet that is cut", 8, []byte{0, 1, 24}, 0}, {"subnet of no family", 8, []byte{0, 9, 24, 0, 192, 0, 2}, 0}, {"subnet with more bits", 8, []byte{0, 1, 8, 0, 192, 255}, 0}, {"EXPIRE", 9, nil, 0},
-	{"EXPIRE of 1", 9, []byte{1}, 0}, {"short cookie", 10, []byte{1, 2, 3, 4}, 0}, {"long cookie", 10, make([]byte, 41), 0}, {"keepalive", 11, nil, 0}, {"keepalive of 1", 11, []byte{1}, 0},
+	{"EXPIRE of 1", 9, []byte{1}, 0}, {"keepalive", 11, nil, 0}, {"keepalive of 1", 11, []byte{1}, 0},
 	{"CHAIN", 13, []byte{0}, 0}, {"KEY-TAG", 14, []byte{0x4a, 0x5c}, 0}, {"error", 15, []byte{0, 18}, 0}, {"error that is cut", 15, []byte{0}, 0}, {"report channel", 18, nil, 0}, {"ZONEVERSION", 19, nil, 0},
 	{"100", 100, nil, 0}, {"100 of version 1", 100, nil, 1}, {"65001", 65001, []byte{1, 2, 3, 4, 5, 6}, 0}, {"65535", 65535, make([]byte, 300), 0},
 }
