@@ -135,7 +135,7 @@ func quietShape(name string) bool {
 
 // answersWorker asks, and hands on what was answered.
 func (n *node) answersWorker(c *corpus, whom []int, count int, take func(askedQuestion)) error {
-	const together, times = 32, 3
+	const together, times = 16, 3
 	askers := make([]*asker, len(answersAddrs))
 	for _, i := range whom {
 		a, err := n.asker(on(answersAddrs[i])[0])
@@ -264,7 +264,7 @@ func (n *node) askTCP(to netip.AddrPort, q []byte, patience time.Duration) ([]by
 // answersFrom asks so many questions.
 func (n *node) answersFrom(seed uint64, whom []int, count int, take func(askedQuestion)) {
 	n.Helper()
-	const workers = 4
+	const workers = 8 // with 16 questions each under way no socket overflows
 	var mu sync.Mutex
 	var wg sync.WaitGroup
 	for w := range workers {
