@@ -105,6 +105,9 @@ var againstUnbound = []kindOfDifference{
 	{"a query without RD", "answered, and asked for", "REFUSED", "As CoreDNS: pods' queries are not those of strangers.", func(q *corpusQuestion, d difference) bool {
 		return d.in == "rcode" && d.second == "REFUSED" && strings.HasPrefix(q.shape, "no-rd")
 	}},
+	{"class ANY", "REFUSED", "answered as IN", "Harmless: no client asks so.", func(q *corpusQuestion, d difference) bool {
+		return d.in == "rcode" && d.first == "REFUSED" && q.shape == "class 255"
+	}},
 	{"AXFR and IXFR", "what the upstream says", "REFUSED", "Harmless: it is the upstream's to refuse.", func(q *corpusQuestion, d difference) bool {
 		return d.in == "rcode" && d.second == "REFUSED" && (q.Qtype == dns.TypeAXFR || q.Qtype == dns.TypeIXFR || strings.HasSuffix(q.shape, "xfr"))
 	}},

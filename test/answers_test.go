@@ -135,7 +135,7 @@ func quietShape(name string) bool {
 
 // answersWorker asks, and hands on what was answered.
 func (n *node) answersWorker(c *corpus, whom []int, count int, take func(askedQuestion)) error {
-	const together, times = 16, 3
+	const together, apart, times = 16, 48, 3
 	askers := make([]*asker, len(answersAddrs))
 	for _, i := range whom {
 		a, err := n.asker(on(answersAddrs[i])[0])
@@ -146,19 +146,27 @@ func (n *node) answersWorker(c *corpus, whom []int, count int, take func(askedQu
 		a.conn.SetReadBuffer(4 << 20)
 		askers[i] = a
 	}
-	var silent []*corpusQuestion
-	for count > 0 || len(silent) > 0 {
+	// What is waited for longer is asked apart, more of it at once: what may get no answer, and what
+	// unbound asks the upstream several times for.
+	var silent, slow []*corpusQuestion
+	for count > 0 || len(silent) > 0 || len(slow) > 0 {
 		var batch []*corpusQuestion
 		patience, again := 10*time.Second, times
-		if len(silent) >= together || count <= 0 {
+		switch {
+		case len(silent) >= apart || count <= 0 && len(silent) > 0:
 			batch, silent = silent, nil
 			patience, again = time.Second, 1
-		} else {
+		case len(slow) >= apart || count <= 0:
+			batch, slow = slow, nil
+		default:
 			for _, q := range c.batch(min(together, count)) {
 				count--
-				if quietShape(q.shape) {
+				switch {
+				case quietShape(q.shape):
 					silent = append(silent, q)
-				} else {
+				case q.kind == "broken":
+					slow = append(slow, q)
+				default:
 					batch = append(batch, q)
 				}
 			}
