@@ -94,7 +94,7 @@ var againstUnbound = []kindOfDifference{
 		isMalformed,
 	},
 	{"size in OPT", "the client's own", "1232", "Harmless: it says what a server can receive, which clients do not go by.", in("EDNS size")},
-	{"TTL", "one for all records of an answer, an hour at most", "each record's own", "Harmless: never longer than the record's, but where the upstream's TTL has its highest bit set (0 by RFC 2181).", isTTL},
+	{"TTL", "one for all records of an answer, bounded by *cache*", "each record's own", "Harmless: never longer than the record's, but where the upstream's TTL has its highest bit set (0 by RFC 2181).", isTTL},
 	{
 		"spelling of names", "the owner as asked, others as the upstream says", "all as compression makes them", "Harmless.",
 		isSpelling,
