@@ -98,11 +98,12 @@ test-kernels: coredns ## Run the kernel tests on the kernels and iptables of sev
 # Where test-cluster keeps what it has fetched and built.
 CLUSTER := build/cluster
 KUBE_VERSION = $(shell sed -n 's|.*k8s.io/kubernetes v\([0-9]\)|v\1|p' test/cluster/kube/go.mod)
-# With kube-proxy in this mode; by default in each: iptables, nftables.
+# One of them; by default each: iptables and nftables are kube-proxy's modes, dual-stack, ipv6 and fastpath the
+# overlays, dry-run everything that an API server can look at without making it.
 MODE ?=
 
 .PHONY: test-cluster
-test-cluster: deps image-root $(CLUSTER)/bin/kube $(CLUSTER)/bin/helm $(CLUSTER)/root ## Apply the manifests, and the chart with Helm, to a Kubernetes of one node on this machine, and count lost queries (needs root).
+test-cluster: deps image-root $(CLUSTER)/bin/kube $(CLUSTER)/bin/helm $(CLUSTER)/root $(CLUSTER)/crds ## Apply the manifests, and the chart with Helm, to a Kubernetes of one node on this machine, and count lost queries (needs root).
 	go build -tags '$(TAGS),full' -ldflags '$(LDFLAGS)' -o $(CLUSTER)/bin/coredns ./cmd/coredns
 	go build -C test -ldflags '-s -w' -o $(CURDIR)/$(CLUSTER)/bin/ask ./cluster/ask
 	CLUSTER_KIT=$(CURDIR)/$(CLUSTER) go test -C test -count=1 -timeout 60m -v -run '/$(MODE)' ./cluster
@@ -115,6 +116,13 @@ $(CLUSTER)/bin/kube: $(wildcard test/cluster/kube/*)
 
 $(CLUSTER)/bin/helm: $(wildcard test/cluster/helm/*)
 	cd test/cluster/helm && go build -o $(CURDIR)/$@ -ldflags '-s -w' helm.sh/helm/v4/cmd/helm
+
+# What Cilium and the Prometheus Operator say their objects are.
+$(CLUSTER)/crds: test/cluster/crds
+	test/cluster/crds $@.new
+	rm -rf $@
+	mv $@.new $@
+	touch $@
 
 # Debian's packages, which are not installed.
 $(CLUSTER)/root: test/cluster/packages

@@ -5,6 +5,8 @@
 //
 //	pods 10.244.0.0/24 ---- node 10.245.0.2 ---- 10.245.0.1 the DNS server of the world outside
 //
+// or the same with IPv6, alone or beside (setup.go).
+//
 // It takes root, overlayfs, and what `make test-cluster` fetches and builds.
 package cluster
 
@@ -23,18 +25,10 @@ import (
 	"time"
 )
 
-// The addresses of the cluster.
-const (
-	// ClusterIP is the address of the cluster's DNS Service.
-	ClusterIP = "10.96.0.10"
+// ClusterIP is the address of the cluster's DNS Service, where the cluster has IPv4.
+const ClusterIP = "10.96.0.10"
 
-	nodeName    = "node1"
-	nodeAddr    = "10.245.0.2"
-	outsideAddr = "10.245.0.1"
-	podNet      = "10.244.0.0/24"
-	serviceNet  = "10.96.0.0/16"
-	apiAddr     = "10.96.0.1"
-)
+const nodeName = "node1"
 
 // PauseImage is the image of every pod's sandbox, which has to be among the kit's.
 const PauseImage = "cluster.test/pause:1"
@@ -48,6 +42,7 @@ var errEnded = errors.New("the node's first process has ended")
 
 // A Cluster is one node, and what runs on it.
 type Cluster struct {
+	setup   setup
 	node    *exec.Cmd
 	ended   chan struct{} // closed when the node has
 	kit     string
@@ -55,11 +50,15 @@ type Cluster struct {
 	cgroups []string
 }
 
-// New starts a cluster with kube-proxy in a mode: iptables or nftables. The kit is a directory
+// New starts a cluster of one of the setups. The kit is a directory
 // with kube and coredns in bin, Debian's programs in root, and images/*.tar. Files of the cluster
-// are in kit/MODE, the logs of its programs among them, and are replaced by its next.
-func New(kit, mode string) (_ *Cluster, err error) {
-	c := &Cluster{kit: kit, state: filepath.Join(kit, mode), ended: make(chan struct{})}
+// are in kit/NAME, the logs of its programs among them, and are replaced by its next.
+func New(kit, name string) (_ *Cluster, err error) {
+	setup, ok := setups[name]
+	if !ok {
+		return nil, fmt.Errorf("starting a cluster: there is no setup %s", name)
+	}
+	c := &Cluster{setup: setup, kit: kit, state: filepath.Join(kit, name), ended: make(chan struct{})}
 	defer func() {
 		if err != nil {
 			err = fmt.Errorf("starting a cluster: %w", err)
@@ -69,7 +68,7 @@ func New(kit, mode string) (_ *Cluster, err error) {
 		}
 	}()
 	// The cgroup is the whole machine's, where others may run such a cluster too.
-	n := node{Kit: kit, State: c.state, Mode: mode, Cgroup: fmt.Sprintf("/nodecache-test-%s-%d", mode, os.Getpid()), Dummy: HasDummy()}
+	n := node{Kit: kit, State: c.state, Setup: name, Cgroup: fmt.Sprintf("/nodecache-test-%s-%d", name, os.Getpid()), Dummy: HasDummy()}
 	if err := os.RemoveAll(c.state); err != nil {
 		return nil, err
 	}
@@ -86,7 +85,7 @@ func New(kit, mode string) (_ *Cluster, err error) {
 	if c.cgroups, err = makeCgroups(n.Cgroup); err != nil {
 		return nil, fmt.Errorf("making the cgroup of the pods: %w", err)
 	}
-	if err := writeCredentials(c.state); err != nil {
+	if err := writeCredentials(c.state, setup); err != nil {
 		return nil, fmt.Errorf("making certificates and tokens: %w", err)
 	}
 	if err := n.configure(); err != nil {

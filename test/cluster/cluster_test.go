@@ -42,9 +42,9 @@ func TestManifests(t *testing.T) {
 			s.applied()
 			s.updated()
 			s.reloaded()
-			s.killed(single, "iptables")
+			s.killed("iptables")
 			s.overlaid("k8s/overlays/" + mode)
-			s.killed("k8s/overlays/"+mode, mode)
+			s.killed(mode)
 			s.paired()
 			s.halves()
 			s.removed()
@@ -142,15 +142,23 @@ func startOf(dockerfile, target string) (c ImageConfig, err error) {
 type site struct {
 	*testing.T
 	*Cluster
-	table *tabwriter.Writer
-	lines strings.Builder // of the table
-	steps int
-	seen  map[string]bool // lines of events and logs
+	single, pair    applied          // what puts one cache on the node, and two
+	services, local []netip.AddrPort // where the cluster's DNS can be asked, and the cache alone
+	table           *tabwriter.Writer
+	lines           strings.Builder // of the table
+	steps           int
+	seen            map[string]bool // lines of events and logs
+}
+
+// An applied is arguments of kubectl apply, and what to call them.
+type applied struct {
+	title string
+	args  []string
 }
 
 func newSite(t *testing.T, kit, mode string) *site {
 	t.Helper()
-	s := &site{T: t, seen: map[string]bool{}}
+	s := &site{T: t, seen: map[string]bool{}, single: applied{single, []string{"-f", path(single)}}, pair: applied{pair, []string{"-f", path(pair)}}}
 	s.table = tabwriter.NewWriter(&s.lines, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(s.table, "\tfrom\tqueries\tsent\tlost\trefused\twrong\tretried\tby the cluster\tlongest gap")
 	begun := time.Now()
@@ -168,11 +176,16 @@ func newSite(t *testing.T, kit, mode string) *site {
 			t.Error(err)
 		}
 		s.table.Flush()
-		t.Logf("kube-proxy in %s mode:\n%s", mode, s.lines.String())
+		t.Logf("%s:\n%s", mode, s.lines.String())
 	})
 	t.Logf("the node was ready after %v", time.Since(begun).Round(100*time.Millisecond))
 	s.show("version")
-	s.kubectl("apply", "-f", "testdata")
+	at := func(addr string) netip.AddrPort { return netip.AddrPortFrom(netip.MustParseAddr(addr), 53) }
+	s.services = []netip.AddrPort{at(s.setup.families[0].DNS)}
+	for _, f := range s.setup.families {
+		s.local = append(s.local, at(f.Local))
+	}
+	s.kubectl("apply", "-f", "testdata/clients.yaml", "-f", s.filled("testdata/dns.yaml"))
 	s.kubectl(namespace, "rollout", "status", "deployment/coredns", "--timeout=3m")
 	for _, from := range clients {
 		s.kubectl("rollout", "status", "deployment/"+from, "--timeout=3m")
@@ -180,7 +193,7 @@ func newSite(t *testing.T, kit, mode string) *site {
 	s.show("get", "pods", "--all-namespaces", "--output=wide")
 	// kube-proxy learns somewhat later that the pods of the cluster's DNS are ready.
 	for _, from := range clients {
-		load := lab.Load{Proto: "udp", To: clusterIP, Zone: zone, Count: 16, Workers: workers, Timeout: 500 * time.Millisecond}
+		load := lab.Load{Proto: "udp", To: s.services, Zone: zone, Count: 16, Workers: workers, Timeout: 500 * time.Millisecond}
 		s.must(poll("the cluster answers "+from, func() error {
 			if r := s.ask(from, []lab.Load{load})(false)[0]; !r.AllAnswered(true) {
 				return errors.New(r.String())
@@ -191,6 +204,16 @@ func newSite(t *testing.T, kit, mode string) *site {
 	s.answers(true)
 	s.news()
 	return s
+}
+
+// filled is a file with the address of the cluster's DNS Service in the place of CLUSTERIP.
+func (s *site) filled(name string) (file string) {
+	s.Helper()
+	text, err := os.ReadFile(name)
+	s.must(err)
+	file = filepath.Join(s.TempDir(), filepath.Base(name))
+	s.must(os.WriteFile(file, []byte(strings.ReplaceAll(string(text), "CLUSTERIP", s.setup.families[0].DNS)), 0o644))
+	return file
 }
 
 // clients are those of testdata/clients.yaml.
@@ -257,18 +280,14 @@ type kind struct {
 // a killed cache held, and which are waited for, do not keep all others from being sent.
 const workers = 16
 
-var (
-	clusterIP = []netip.AddrPort{netip.AddrPortFrom(netip.MustParseAddr(ClusterIP), 53)}
-	linkLocal = []netip.AddrPort{netip.AddrPortFrom(lab.LinkLocal, 53)}
-
-	// Mostly names that the cache knows, of the cluster and of the world outside.
-	kinds = []kind{
-		{"UDP, ClusterIP, known names", lab.Load{Proto: "udp", To: clusterIP, Zone: zone, Rate: 200}},
-		{"UDP, ClusterIP, new names", lab.Load{Proto: "udp", To: clusterIP, Zone: zone, Rate: 50, Names: lab.Misses}},
-		{"TCP, ClusterIP, known names", lab.Load{Proto: "tcp", To: clusterIP, Zone: zone, Rate: 50}},
-		{"UDP, 169.254.20.10, outside", lab.Load{Proto: "udp", To: linkLocal, Rate: 200}},
-	}
-)
+// Mostly names that the cache knows, of the cluster and of the world outside. Those of the cluster
+// are asked at its Services, the others at the cache's own addresses.
+var kinds = []kind{
+	{"UDP, ClusterIP, known names", lab.Load{Proto: "udp", Zone: zone, Rate: 200}},
+	{"UDP, ClusterIP, new names", lab.Load{Proto: "udp", Zone: zone, Rate: 50, Names: lab.Misses}},
+	{"TCP, ClusterIP, known names", lab.Load{Proto: "tcp", Zone: zone, Rate: 50}},
+	{"UDP, local address, outside", lab.Load{Proto: "udp", Rate: 200}},
+}
 
 // zone is answered by the cluster's DNS.
 const zone = "lab.cluster.local."
@@ -330,7 +349,10 @@ func (s *site) step(title string, which []kind, judge judge, do func()) {
 		if k.Load.Names == lab.Hits {
 			k.Load.Tag = ""
 		}
-		k.Load.Count, k.Load.Workers = 1<<30, workers
+		k.Load.Count, k.Load.Workers, k.Load.To = 1<<30, workers, s.services
+		if k.Zone != zone {
+			k.Load.To = s.local
+		}
 		loads = append(loads, k.Load)
 	}
 	ends := make([]func(bool) []lab.Result, len(clients))
@@ -360,14 +382,14 @@ func (s *site) answers(cluster bool) {
 	for _, from := range clients {
 		for _, proto := range []string{"udp", "tcp"} {
 			// Of different names, lest answers of a cache that has just come are all it has.
-			load := lab.Load{Proto: proto, To: clusterIP, Zone: zone, Count: 64, Workers: workers}
+			load := lab.Load{Proto: proto, To: s.services, Zone: zone, Count: 64, Workers: workers}
 			if r := s.ask(from, []lab.Load{load})(false)[0]; !r.AllAnswered(cluster) {
 				s.Errorf("%s asks over %s, want all answered by the cluster itself: %v: %v", from, proto, cluster, &r)
 			}
 		}
 		got := s.kubectl("exec", "deployment/"+from, "--", "/ask", "lookup", "kubernetes.default.svc.cluster.local")
-		if strings.TrimSpace(got) != apiAddr {
-			s.Errorf("%s looks kubernetes.default.svc.cluster.local up: %q, want %s", from, got, apiAddr)
+		if want := s.setup.families[0].API; strings.TrimSpace(got) != want {
+			s.Errorf("%s looks kubernetes.default.svc.cluster.local up: %q, want %s", from, got, want)
 		}
 	}
 }
@@ -397,8 +419,8 @@ func settling(_ string, _ kind, r *lab.Result) string {
 }
 
 func (s *site) applied() {
-	s.step("apply "+single, kinds[:3], settling, func() {
-		s.kubectl("apply", "-f", path(single))
+	s.step("apply "+s.single.title, kinds[:3], settling, func() {
+		s.kubectl(append([]string{"apply"}, s.single.args...)...)
 		s.rolled("nodecache")
 	})
 	s.answers(false)
@@ -460,13 +482,13 @@ func (s *site) container(selector, ended string) (id string) {
 }
 
 // killed kills the container, whose firewall backend is given: of firewall auto iptables.
-func (s *site) killed(what, backend string) {
+func (s *site) killed(backend string) {
 	const selector = "app.kubernetes.io/instance=single"
 	// What was asked when it died is lost. A pod's next query reaches the cluster, and so does
 	// that of the node's own programs, with iptables when a list of the kernel's has run out.
 	held := func(from string, k kind, r *lab.Result) string {
 		switch {
-		case k.To[0] != clusterIP[0] || from == "host-network" && backend == "iptables":
+		case k.Zone != zone || from == "host-network" && backend == "iptables":
 			return ""
 		case k.Names == lab.Hits && r.FromCluster == 0:
 			return "want some answered by the cluster"
@@ -475,7 +497,7 @@ func (s *site) killed(what, backend string) {
 		}
 		return ""
 	}
-	s.step("container killed, "+what, kinds, held, func() {
+	s.step("container killed, "+s.single.title, kinds, held, func() {
 		id := s.container(selector, "")
 		s.must(s.Kill(id))
 		s.container(selector, id)
@@ -494,16 +516,17 @@ func (s *site) killed(what, backend string) {
 }
 
 func (s *site) overlaid(overlay string) {
+	s.single = applied{overlay, []string{"-k", path(overlay)}}
 	s.step("update to "+overlay, kinds, all, func() {
-		s.kubectl("apply", "-k", path(overlay))
+		s.kubectl(append([]string{"apply"}, s.single.args...)...)
 		s.rolled("nodecache")
 	})
 	s.answers(false)
 }
 
 func (s *site) paired() {
-	s.step("change to "+pair, kinds, all, func() {
-		s.kubectl("apply", "-f", path(pair))
+	s.step("change to "+s.pair.title, kinds, all, func() {
+		s.kubectl(append([]string{"apply"}, s.pair.args...)...)
 		for _, half := range []string{"nodecache-a", "nodecache-b"} {
 			s.kubectl(namespace, "rollout", "status", "daemonset/"+half, "--timeout=3m")
 		}
@@ -543,7 +566,8 @@ func (s *site) removed() {
 		s.kubectl(namespace, "delete", "daemonset", ours)
 		s.rolled()
 	})
-	s.kubectl("delete", "-f", path(pair), "--ignore-not-found")
+	s.kubectl(append([]string{"delete", "--ignore-not-found"}, s.pair.args...)...)
+	s.services = s.services[:1] // the cluster's own
 	s.answers(true)
 	s.leftNothing()
 }
@@ -558,7 +582,11 @@ func (s *site) leftNothing() {
 		out, err := s.OnNode(command...)
 		s.must(err)
 		for line := range strings.Lines(out) {
-			for _, ours := range []string{"nodelocaldns", "nodecache", lab.LinkLocal.String(), " " + ClusterIP + "/32 "} {
+			names := []string{"nodelocaldns", "nodecache"}
+			for _, f := range s.setup.families {
+				names = append(names, f.Local, " "+f.DNS+"/")
+			}
+			for _, ours := range names {
 				// kube-proxy has rules for the ClusterIP.
 				if strings.Contains(strings.ToLower(line), ours) && (command[0] == "ip" || !strings.HasPrefix(ours, " ")) {
 					s.Errorf("left on the node, says %s: %s", strings.Join(command, " "), line)

@@ -23,11 +23,11 @@ func (n *node) configure() error {
 		}
 		spec = fmt.Sprintf("\n      base_runtime_spec = %q", filepath.Join(n.State, "spec.json"))
 	}
-	state, root := n.State, filepath.Join(n.Kit, "root")
+	state, root, setup := n.State, filepath.Join(n.Kit, "root"), setups[n.Setup]
 	for name, text := range map[string]string{
 		// The world outside has every name. The TTL tells its answers from a cache's.
 		"outside.conf": `.:53 {
-	bind ` + outsideAddr + `
+	bind ` + each(setup.families, " ", func(f family) string { return f.Outside }) + `
 	template IN A {
 		answer "{{ .Name }} 86400 IN A 192.0.2.1"
 	}
@@ -39,11 +39,8 @@ func (n *node) configure() error {
 	}
 }
 `,
-		"resolv.conf": "nameserver " + outsideAddr + "\n",
-		// A link to each pod, without a bridge: that would take the module br_netfilter.
-		"cni/cluster.conflist": `{"cniVersion": "0.4.0", "name": "cluster", "plugins": [{"type": "ptp", "ipam": {
-	"type": "host-local", "subnet": "` + podNet + `", "routes": [{"dst": "0.0.0.0/0"}], "dataDir": "/run/cni"}}]}
-`,
+		"resolv.conf":          each(setup.families, "", func(f family) string { return "nameserver " + f.Outside + "\n" }),
+		"cni/cluster.conflist": setup.cni(),
 		// In a container there may be no CAP_SYS_RESOURCE to lower a process's oom_score_adj.
 		"containerd.toml": fmt.Sprintf(`version = 2
 root = %q
@@ -68,6 +65,7 @@ state = "/run/containerd"
 		// What is full on this machine is not the cluster's business.
 		"kubelet.yaml": fmt.Sprintf(`apiVersion: kubelet.config.k8s.io/v1beta1
 kind: KubeletConfiguration
+address: "::"
 containerRuntimeEndpoint: unix:///run/containerd/containerd.sock
 cgroupDriver: cgroupfs
 cgroupRoot: %s
@@ -75,22 +73,22 @@ failCgroupV1: false
 failSwapOn: false
 resolvConf: %s/resolv.conf
 volumePluginDir: %s/plugins
-clusterDNS: [%s]
+clusterDNS: [%q]
 clusterDomain: cluster.local
 authentication: {anonymous: {enabled: true}, webhook: {enabled: false}}
 authorization: {mode: AlwaysAllow}
 evictionHard: {memory.available: 1Mi, nodefs.available: 0%%, imagefs.available: 0%%, nodefs.inodesFree: 0%%}
 imageGCHighThresholdPercent: 100
-`, n.Cgroup, state, state, ClusterIP),
+`, n.Cgroup, state, state, setup.families[0].DNS),
 		// Zero: leave the machine's own limits of connection tracking.
 		"kube-proxy.yaml": fmt.Sprintf(`apiVersion: kubeproxy.config.k8s.io/v1alpha1
 kind: KubeProxyConfiguration
 mode: %s
-clusterCIDR: %s
+clusterCIDR: %q
 hostnameOverride: %s
 clientConnection: {kubeconfig: %s/kube-proxy.kubeconfig}
 conntrack: {maxPerCore: 0, min: 0, tcpEstablishedTimeout: 0s, tcpCloseWaitTimeout: 0s}
-`, n.Mode, podNet, nodeName, state),
+`, setup.proxy, setup.podNets(), nodeName, state),
 	} {
 		if err := os.WriteFile(filepath.Join(state, name), []byte(text), 0o644); err != nil {
 			return err

@@ -29,7 +29,7 @@ var users = map[string][2]string{
 // writeCredentials writes into a directory what the API server proves itself with (ca.crt,
 // server.crt, server.key), what it signs service accounts' tokens with (accounts.key,
 // accounts.pub), its users' tokens (tokens.csv), and for each of them NAME.kubeconfig.
-func writeCredentials(dir string) error {
+func writeCredentials(dir string, s setup) error {
 	ca := &x509.Certificate{
 		Subject: pkix.Name{CommonName: "cluster"}, SerialNumber: big.NewInt(1), IsCA: true, BasicConstraintsValid: true,
 		KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageDigitalSignature,
@@ -41,8 +41,11 @@ func writeCredentials(dir string) error {
 	server := &x509.Certificate{
 		Subject: pkix.Name{CommonName: "kube-apiserver"}, SerialNumber: big.NewInt(2),
 		DNSNames:    []string{"localhost", "kubernetes", "kubernetes.default", "kubernetes.default.svc"},
-		IPAddresses: []net.IP{net.ParseIP(nodeAddr), net.ParseIP(apiAddr), net.IPv4(127, 0, 0, 1)},
+		IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1), net.IPv6loopback},
 		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
+	}
+	for _, f := range s.families {
+		server.IPAddresses = append(server.IPAddresses, net.ParseIP(f.Node), net.ParseIP(f.API))
 	}
 	if _, err := writeCertificate(dir, "server", server, ca, caKey); err != nil {
 		return err
@@ -73,11 +76,11 @@ func writeCredentials(dir string) error {
 		fmt.Fprintln(&tokens)
 		config := fmt.Sprintf(`apiVersion: v1
 kind: Config
-clusters: [{name: cluster, cluster: {server: "https://%s:6443", certificate-authority: %q}}]
+clusters: [{name: cluster, cluster: {server: %q, certificate-authority: %q}}]
 users: [{name: user, user: {token: %s}}]
 contexts: [{name: context, context: {cluster: cluster, user: user}}]
 current-context: context
-`, nodeAddr, filepath.Join(dir, "ca.crt"), token)
+`, s.apiURL(), filepath.Join(dir, "ca.crt"), token)
 		if err := os.WriteFile(filepath.Join(dir, name+".kubeconfig"), []byte(config), 0o600); err != nil {
 			return err
 		}

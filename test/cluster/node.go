@@ -45,9 +45,9 @@ const nodeProcess = "cluster-node"
 
 // A node is the process 1 of a machine that is made of namespaces: network, mount, pid, uts.
 type node struct {
-	Kit, State, Mode, Cgroup string
-	Dummy                    bool              // the kernel has the driver
-	programs                 map[string]string // by process id
+	Kit, State, Setup, Cgroup string
+	Dummy                     bool              // the kernel has the driver
+	programs                  map[string]string // by process id
 }
 
 // run brings the node up, and returns only if it can't.
@@ -123,23 +123,36 @@ func (n *node) mount() error {
 // network makes eth0, which leads to a namespace where nothing is but the DNS server of the
 // world outside.
 func (n *node) network() error {
-	for _, command := range []string{
+	commands := []string{
 		"ip link set lo up",
 		"ip netns add outside",
 		"ip link add eth0 type veth peer name eth0 netns outside",
-		"ip addr add " + nodeAddr + "/30 dev eth0",
 		"ip link set eth0 up",
-		"ip route add default via " + outsideAddr,
 		"ip -n outside link set lo up",
-		"ip -n outside addr add " + outsideAddr + "/30 dev eth0",
 		"ip -n outside link set eth0 up",
-		"ip -n outside route add default via " + nodeAddr,
-	} {
+	}
+	for _, f := range setups[n.Setup].families {
+		flag := "" // of IPv6: an address can be used at once
+		if f.Bits == ipv6.Bits {
+			flag = " nodad"
+		}
+		commands = append(commands,
+			fmt.Sprintf("ip addr add %s/%d dev eth0%s", f.Node, f.Bits, flag),
+			fmt.Sprintf("ip -n outside addr add %s/%d dev eth0%s", f.Outside, f.Bits, flag),
+			fmt.Sprintf("ip route add %s via %s", f.Default, f.Outside),
+			fmt.Sprintf("ip -n outside route add %s via %s", f.Default, f.Node))
+	}
+	for _, command := range commands {
 		if err := run(strings.Fields(command)...); err != nil {
 			return err
 		}
 	}
-	return os.WriteFile("/proc/sys/net/ipv4/ip_forward", []byte("1"), 0)
+	for _, setting := range []string{"ipv4/ip_forward", "ipv6/conf/all/forwarding"} {
+		if err := os.WriteFile("/proc/sys/net/"+setting, []byte("1"), 0); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func run(words ...string) error {
@@ -152,6 +165,9 @@ func run(words ...string) error {
 
 // start starts the programs, each when those that it needs answer.
 func (n *node) start() error {
+	setup := setups[n.Setup]
+	nodeAddrs := each(setup.families, ",", func(f family) string { return f.Node })
+	serviceNets := each(setup.families, ",", func(f family) string { return f.ServiceNet })
 	conf := func(name string) string { return filepath.Join(n.State, name) }
 	kubeconfig := func(name string) string { return "--kubeconfig=" + conf(name+".kubeconfig") }
 	n.programs = map[string]string{}
@@ -167,8 +183,8 @@ func (n *node) start() error {
 		return err
 	}
 	if err := n.launch("kube-apiserver", "kube-apiserver",
-		"--etcd-servers=http://127.0.0.1:2379", "--advertise-address="+nodeAddr, "--secure-port=6443",
-		"--service-cluster-ip-range="+serviceNet, "--cert-dir="+n.State,
+		"--etcd-servers=http://127.0.0.1:2379", "--bind-address=::", "--advertise-address="+setup.families[0].Node, "--secure-port=6443",
+		"--service-cluster-ip-range="+serviceNets, "--cert-dir="+n.State,
 		"--tls-cert-file="+conf("server.crt"), "--tls-private-key-file="+conf("server.key"), "--client-ca-file="+conf("ca.crt"),
 		"--token-auth-file="+conf("tokens.csv"), "--authorization-mode=Node,RBAC", "--enable-admission-plugins=NodeRestriction",
 		"--service-account-issuer=https://kubernetes.default.svc", "--service-account-key-file="+conf("accounts.pub"),
@@ -187,15 +203,15 @@ func (n *node) start() error {
 			return err
 		}
 	}
-	if err := poll("the API server is ready", apiReady); err != nil {
+	if err := poll("the API server is ready", func() error { return ready(setup.apiURL()) }); err != nil {
 		return err
 	}
 	for _, program := range [][]string{
 		{"kube-controller-manager", kubeconfig("kube-controller-manager"), "--leader-elect=false",
 			"--use-service-account-credentials=true", "--service-account-private-key-file=" + conf("accounts.key"),
-			"--root-ca-file=" + conf("ca.crt"), "--cluster-cidr=" + podNet, "--service-cluster-ip-range=" + serviceNet},
+			"--root-ca-file=" + conf("ca.crt"), "--cluster-cidr=" + setup.podNets(), "--service-cluster-ip-range=" + serviceNets},
 		{"kube-scheduler", kubeconfig("kube-scheduler"), "--leader-elect=false"},
-		{"kubelet", kubeconfig("kubelet"), "--config=" + conf("kubelet.yaml"), "--hostname-override=" + nodeName, "--node-ip=" + nodeAddr, "--v=2"},
+		{"kubelet", kubeconfig("kubelet"), "--config=" + conf("kubelet.yaml"), "--hostname-override=" + nodeName, "--node-ip=" + nodeAddrs, "--v=2"},
 		{"kube-proxy", "--config=" + conf("kube-proxy.yaml"), "--v=2"},
 	} {
 		if err := n.launch(program[0], program...); err != nil {
@@ -233,12 +249,13 @@ func ctr(kit string, args ...string) error {
 	return run(append([]string{filepath.Join(kit, "root/usr/bin/ctr"), "--address=/run/containerd/containerd.sock", "--namespace=k8s.io"}, args...)...)
 }
 
-func apiReady() error {
+// ready asks an API server whether it is.
+func ready(url string) error {
 	client := http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{
 		TLSClientConfig: &tls.Config{InsecureSkipVerify: true}, // it is not told anything
 	}}
 	defer client.CloseIdleConnections()
-	answer, err := client.Get("https://" + nodeAddr + ":6443/readyz")
+	answer, err := client.Get(url + "/readyz")
 	if err != nil {
 		return err
 	}

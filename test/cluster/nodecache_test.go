@@ -5,7 +5,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strings"
 	"testing"
 
 	"github.com/contentful-labs/coredns-nodecache/test/lab"
@@ -82,7 +81,7 @@ func (s *site) dummy() {
 func (s *site) cached() {
 	s.Helper()
 	for _, from := range clients {
-		load := lab.Load{Proto: "udp", To: clusterIP, Zone: zone, Count: 16, Workers: workers}
+		load := lab.Load{Proto: "udp", To: s.services, Zone: zone, Count: 16, Workers: workers}
 		s.must(poll("the cache answers "+from, func() error {
 			if r := s.ask(from, []lab.Load{load})(false)[0]; !r.AllAnswered(false) {
 				return errors.New(r.String())
@@ -102,10 +101,7 @@ func some(_ string, _ kind, r *lab.Result) string {
 
 func (s *site) withNodeCache() {
 	s.dummy()
-	text, err := os.ReadFile("testdata/nodecache/node-local-dns.yaml")
-	s.must(err)
-	file := filepath.Join(s.TempDir(), "node-local-dns.yaml")
-	s.must(os.WriteFile(file, []byte(strings.ReplaceAll(string(text), "CLUSTERIP", ClusterIP)), 0o644))
+	file := s.filled("testdata/nodecache/node-local-dns.yaml")
 	s.step("node-cache is applied", kinds[:3], some, func() {
 		s.kubectl("apply", "-f", file)
 		s.rolled("node-local-dns")

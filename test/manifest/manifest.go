@@ -84,21 +84,29 @@ func Read(file string) (*Manifest, error) {
 // BuildOn builds components on a base, such as single, all of them of the folder k8s. The
 // kustomization that says so is written into dir.
 func BuildOn(dir, k8s, base string, components ...string) (*Manifest, error) {
+	if err := Combine(dir, k8s, base, components...); err != nil {
+		return nil, err
+	}
+	return Build(dir)
+}
+
+// Combine writes the kustomization of components on a base into dir.
+func Combine(dir, k8s, base string, components ...string) error {
 	k8s, err := filepath.Abs(k8s)
 	if err == nil {
 		k8s, err = filepath.Rel(dir, k8s) // kustomize takes no other
-	}
-	if err != nil {
-		return nil, fmt.Errorf("building %v on %s: %w", components, base, err)
 	}
 	text := "resources:\n- " + k8s + "/base/" + base + "\ncomponents:\n"
 	for _, c := range components {
 		text += "- " + k8s + "/components/" + c + "\n"
 	}
-	if err := os.WriteFile(filepath.Join(dir, "kustomization.yaml"), []byte(text), 0o600); err != nil {
-		return nil, fmt.Errorf("building %v on %s: %w", components, base, err)
+	if err == nil {
+		err = os.WriteFile(filepath.Join(dir, "kustomization.yaml"), []byte(text), 0o600)
 	}
-	return Build(dir)
+	if err != nil {
+		return fmt.Errorf("combining %v on %s: %w", components, base, err)
+	}
+	return nil
 }
 
 // Build builds a kustomization as kubectl apply -k does, and decodes it as Read does.
