@@ -108,6 +108,9 @@ var againstUnbound = []kindOfDifference{
 	{"class ANY", "REFUSED", "answered as IN", "Harmless: no client asks so.", func(q *corpusQuestion, d difference) bool {
 		return d.in == "rcode" && d.first == "REFUSED" && q.shape == "class 255"
 	}},
+	{"NOTIFY", "what the upstream says", "REFUSED", "Harmless: it is for servers that have zones.", func(q *corpusQuestion, d difference) bool {
+		return d.in == "rcode" && d.second == "REFUSED" && q.shape == "opcode 4"
+	}},
 	{"AXFR and IXFR", "what the upstream says", "REFUSED", "Harmless: it is the upstream's to refuse.", func(q *corpusQuestion, d difference) bool {
 		return d.in == "rcode" && d.second == "REFUSED" && (q.Qtype == dns.TypeAXFR || q.Qtype == dns.TypeIXFR || strings.HasSuffix(q.shape, "xfr"))
 	}},
