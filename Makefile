@@ -98,21 +98,40 @@ test-kernels: coredns ## Run the kernel tests on the kernels and iptables of sev
 # Where test-cluster keeps what it has fetched and built.
 CLUSTER := build/cluster
 KUBE_VERSION = $(shell sed -n 's|.*k8s.io/kubernetes v\([0-9]\)|v\1|p' test/cluster/kube/go.mod)
+KUBE_LDFLAGS = -s -w $(foreach package,component-base/version client-go/pkg/version, \
+	-X k8s.io/$(package).gitVersion=$(KUBE_VERSION) -X k8s.io/$(package).gitMajor=$(word 1,$(subst ., ,$(KUBE_VERSION:v%=%))) \
+	-X k8s.io/$(package).gitMinor=$(word 2,$(subst ., ,$(KUBE_VERSION))))
 # One of them; by default each: iptables and nftables are kube-proxy's modes, dual-stack, ipv6 and fastpath the
 # overlays, dry-run everything that an API server can look at without making it.
 MODE ?=
+# How the cache is there for Kubernetes' specs; by default each: single, pair, single-fastpath, pair-fastpath.
+WAY ?=
 
-.PHONY: test-cluster
-test-cluster: deps image-root $(CLUSTER)/bin/kube $(CLUSTER)/bin/helm $(CLUSTER)/root $(CLUSTER)/crds ## Apply the manifests, and the chart with Helm, to a Kubernetes of one node on this machine, and count lost queries (needs root).
+# The same for each of the targets: what is built of this repository.
+.PHONY: cluster-kit
+cluster-kit: deps image-root $(CLUSTER)/bin/kube $(CLUSTER)/root
 	go build -tags '$(TAGS),full' -ldflags '$(LDFLAGS)' -o $(CLUSTER)/bin/coredns ./cmd/coredns
 	go build -C test -ldflags '-s -w' -o $(CURDIR)/$(CLUSTER)/bin/ask ./cluster/ask
+
+.PHONY: test-cluster
+test-cluster: cluster-kit $(CLUSTER)/bin/helm $(CLUSTER)/crds ## Apply the manifests, and the chart with Helm, to a Kubernetes of one node on this machine, and count lost queries (needs root).
 	CLUSTER_KIT=$(CURDIR)/$(CLUSTER) go test -C test -count=1 -timeout 60m -v -run '/$(MODE)' ./cluster
 
+.PHONY: test-e2e
+test-e2e: cluster-kit $(CLUSTER)/bin/e2e.test $(CLUSTER)/bin/agnhost ## Run the DNS specs of Kubernetes' own end-to-end suite on it, without the cache and with (long, needs root).
+	test/cluster/probes/root $(CLUSTER)/bin/agnhost $(CLUSTER)/bin/coredns $(CLUSTER)/probes
+	CLUSTER_KIT=$(CURDIR)/$(CLUSTER) CLUSTER_SPECS=$(CURDIR)/$(CLUSTER)/bin/e2e.test \
+		go test -C test -count=1 -timeout 4h -v -run 'TestKubernetesSpecs/$(MODE)/$(if $(WAY),^$(WAY)$$$$)' ./cluster
+
 # All of Kubernetes in one binary, which takes minutes: only when its source is newer.
-$(CLUSTER)/bin/kube: $(wildcard test/cluster/kube/*)
-	cd test/cluster/kube && go build -o $(CURDIR)/$@ -ldflags '-s -w $(foreach package,component-base/version client-go/pkg/version, \
-		-X k8s.io/$(package).gitVersion=$(KUBE_VERSION) -X k8s.io/$(package).gitMajor=$(word 1,$(subst ., ,$(KUBE_VERSION:v%=%))) \
-		-X k8s.io/$(package).gitMinor=$(word 2,$(subst ., ,$(KUBE_VERSION))))' .
+$(CLUSTER)/bin/kube: $(wildcard test/cluster/kube/*.*)
+	cd test/cluster/kube && go build -o $(CURDIR)/$@ -ldflags '$(KUBE_LDFLAGS)' .
+
+$(CLUSTER)/bin/e2e.test: $(wildcard test/cluster/kube/go.* test/cluster/kube/e2e/*)
+	cd test/cluster/kube && go test -c -o $(CURDIR)/$@ -ldflags '$(KUBE_LDFLAGS)' ./e2e
+
+$(CLUSTER)/bin/agnhost: $(wildcard test/cluster/kube/go.*)
+	cd test/cluster/kube && go build -o $(CURDIR)/$@ -ldflags '-s -w' k8s.io/kubernetes/test/images/agnhost
 
 $(CLUSTER)/bin/helm: $(wildcard test/cluster/helm/*)
 	cd test/cluster/helm && go build -o $(CURDIR)/$@ -ldflags '-s -w' helm.sh/helm/v4/cmd/helm

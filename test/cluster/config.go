@@ -25,9 +25,16 @@ func (n *node) configure() error {
 	}
 	state, root, setup := n.State, filepath.Join(n.Kit, "root"), setups[n.Setup]
 	for name, text := range map[string]string{
-		// The world outside has every name. The TTL tells its answers from a cache's.
+		// The world outside has every name but those that Kubernetes' specs want to miss, and the
+		// one that they know of it. The TTL tells its answers from a cache's.
 		"outside.conf": `.:53 {
 	bind ` + each(setup.families, " ", func(f family) string { return f.Outside }) + `
+	template ANY ANY acme.local {
+		rcode NXDOMAIN
+	}
+	template IN PTR 8.8.8.8.in-addr.arpa {
+		answer "{{ .Name }} 86400 IN PTR dns.google."
+	}
 	template IN A {
 		answer "{{ .Name }} 86400 IN A 192.0.2.1"
 	}
