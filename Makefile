@@ -104,7 +104,7 @@ KUBE_LDFLAGS = -s -w $(foreach package,component-base/version client-go/pkg/vers
 # One of them; by default each: iptables and nftables are kube-proxy's modes, dual-stack, ipv6 and fastpath the
 # overlays, dry-run everything that an API server can look at without making it.
 MODE ?=
-# How the cache is there for Kubernetes' specs; by default each: single, pair, single-fastpath, pair-fastpath.
+# How the cache is there for Kubernetes' specs; by default each: single, pair, single-no-fastpath, pair-no-fastpath.
 WAY ?=
 
 # The same for each of the targets: what is built of this repository.

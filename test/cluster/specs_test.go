@@ -33,7 +33,7 @@ func TestKubernetesSpecs(t *testing.T) {
 			}
 			for _, w := range []way{
 				{"single", "single", nil}, {"pair", "ha", nil},
-				{"single-fastpath", "single", []string{"fastpath"}}, {"pair-fastpath", "ha", []string{"fastpath"}},
+				{"single-no-fastpath", "single", []string{"no-fastpath"}}, {"pair-no-fastpath", "ha", []string{"no-fastpath"}},
 			} {
 				if mode == "nftables" {
 					w.components = append(w.components, "nftables")
