@@ -49,7 +49,7 @@ func TestPagesProof(t *testing.T) {
 		tests.WriteString(read(t, f))
 	}
 	for promise, by := range rows {
-		names := regexp.MustCompile("`(Test\\w+|make [a-z-]+)[ `]").FindAllStringSubmatch(by, -1)
+		names := regexp.MustCompile("`(Test\\w+|make [a-z0-9-]+)[ `]").FindAllStringSubmatch(by, -1)
 		if len(names) == 0 && promise != "Promise" && !strings.HasPrefix(promise, "--") {
 			t.Errorf("nothing shows %q", promise)
 		}
