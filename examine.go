@@ -2,7 +2,10 @@ package nodecache
 
 import (
 	"net/netip"
+	"os"
 	"slices"
+	"strings"
+	"syscall"
 	"time"
 
 	"github.com/contentful-labs/coredns-nodecache/internal/desired"
@@ -17,7 +20,8 @@ var examineEvery = 5 * time.Minute
 
 // site returns what the doctor has to know of n, with cfg in force.
 func (n *node) site(cfg *config) doctor.Site {
-	s := doctor.Site{Links: map[string]bool{}, Addrs: map[netip.Addr]doctor.Address{}, Listeners: cfg.listeners(), Others: n.othersServe, Upstreams: cfg.upstreams}
+	s := doctor.Site{Links: map[string]bool{}, Addrs: map[netip.Addr]doctor.Address{}, Listeners: cfg.listeners(), Others: n.othersServe,
+		Upstreams: cfg.upstreams, Services: &n.services, Moved: follow}
 	for name := range n.netifs {
 		s.Links[name] = true
 	}
@@ -78,7 +82,9 @@ func (n *node) askItself(s doctor.Site) []string {
 // recheck has that looked at which others may change at any time.
 func (n *node) recheck() {
 	if cfg := n.life.InForce; cfg != nil && !n.exited() {
-		go n.doctor.Recheck(n.site(cfg), doctor.ForeignRuleFirst, ownQueryLost)
+		s := n.site(cfg)
+		s.Upstreams = doctor.OfServices(s.Upstreams)
+		go n.doctor.Recheck(s, doctor.ForeignRuleFirst, ownQueryLost, doctor.UpstreamServiceGone)
 	}
 }
 
@@ -86,5 +92,26 @@ func (n *node) recheck() {
 func (n *node) examineAgain() {
 	if cfg := n.life.InForce; cfg != nil && !n.exited() {
 		n.doctor.Examine(n.site(cfg), true)
+	}
+}
+
+// follow has a Service asked at the address that it has now. Kubernetes tells a container the
+// addresses of Services when it starts, by variables: with these changed the Corefile means the
+// new one. To end, so that kubelet starts the container with them, would leave the node without
+// a cache for as long as kubelet likes, and all that is cached would be gone.
+func follow(service string, from, to netip.Addr) {
+	variables := doctor.VariablesOf(from)
+	if len(variables) == 0 {
+		return // it has been followed
+	}
+	for _, v := range variables {
+		if err := os.Setenv(v, to.String()); err != nil {
+			log.Errorf("following the Service %s to %s: %v", service, to, err)
+			return
+		}
+	}
+	log.Warningf("the Service %s is at %s now, where its DNS answers, and not at %s any more: reloading with %s=%s", service, to, from, strings.Join(variables, ", "), to)
+	if err := syscall.Kill(os.Getpid(), syscall.SIGUSR1); err != nil {
+		log.Errorf("reloading: %v", err)
 	}
 }

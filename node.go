@@ -106,6 +106,7 @@ type node struct {
 	syncEvery time.Duration
 	doctor    *doctor.Doctor
 	asker     ownquery.Asker // the doctor's
+	services  doctor.Services
 	// notInForce is how many endpoints have rules that stand and are not in force.
 	notInForce atomic.Int64
 	// examineTick has the node looked at for faults.

@@ -49,7 +49,7 @@ var Common = []Fault{
 	{"both_iptables_variants", bothVariants},
 	{"upstream_tcp", upstreamTCP},
 	{"upstream_silent", upstreamSilent},
-	{"upstream_service_gone", upstreamServiceGone},
+	{UpstreamServiceGone, upstreamServiceGone},
 	{"resolvers_changed", resolversChanged},
 }
 
@@ -78,8 +78,11 @@ type Site struct {
 	// NotInForce, where it is not nil, is told how many of Untracked have rules that stand
 	// and are not in force.
 	NotInForce func(int)
-	// Upstreams are whom the configuration asks.
+	// Upstreams are whom the configuration asks. Services keeps what is learned of those that are
+	// Services, and Moved is told when one (namespace/name) answers at another address.
 	Upstreams []Upstream
+	Services  *Services
+	Moved     func(service string, from, to netip.Addr)
 
 	askOnce func() map[netip.AddrPort]answers // of one examination
 }

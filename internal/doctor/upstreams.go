@@ -147,65 +147,13 @@ func upstreamSilent(s Site) (found []string) {
 			case a.tcp == nil:
 				found = append(found, fmt.Sprintf("the upstream %s (%s) answers over TCP and not over UDP (%v)%s: let UDP to port %d pass, or ask it over TCP alone (force_tcp)", at, u, a.udp, s.dropped("udp", at), at.Port()))
 			default:
-				if name := serviceOf(at.Addr()); name == "" || s.leadsOn(at) {
+				if len(VariablesOf(at.Addr())) == 0 || s.leadsOn(at) {
 					found = append(found, fmt.Sprintf("no DNS server answers at the upstream %s (%s), over UDP (%v) or TCP (%v)%s: what the cache does not know can't be answered: look whether that server runs, and whether this node reaches it", at, u, a.udp, a.tcp, s.dropped("udp", at)))
 				}
 			}
 		}
 	}
 	return found
-}
-
-// upstreamServiceGone finds upstreams whose address this process was given at its start as that of
-// a Service, and that no rule of kube-proxy's knows any more.
-func upstreamServiceGone(s Site) (found []string) {
-	all := s.asked()
-	for _, u := range s.Upstreams {
-		for _, at := range u.Servers {
-			name := serviceOf(at.Addr())
-			if a, asked := all[at]; name != "" && asked && a.udp != nil && a.tcp != nil && !s.leadsOn(at) {
-				found = append(found, fmt.Sprintf("the upstream %s (%s) was the address of a Service when this process started (%s), and nothing answers there any more, nor does a rule of kube-proxy's lead on from it: if the Service has been made anew, restart this pod, which then gets the new address; if not, see whether it is there and has endpoints", at.Addr(), u, name))
-			}
-		}
-	}
-	return found
-}
-
-// serviceOf returns the variable by which Kubernetes has given a Service's address to this
-// container, or "".
-func serviceOf(a netip.Addr) string {
-	for _, v := range os.Environ() {
-		if name, value, ok := strings.Cut(v, "="); ok && strings.HasSuffix(name, "_SERVICE_HOST") {
-			if at, err := netip.ParseAddr(value); err == nil && at == a {
-				return name
-			}
-		}
-	}
-	return ""
-}
-
-// leadsOn tells whether rules may translate the address of what this node sends to a server. It is
-// true where it can't be told: where no rule translates our own addresses either, it is not kube-proxy
-// with iptables or nftables that has the Services.
-func (s Site) leadsOn(at netip.AddrPort) bool {
-	family := unix.AF_INET
-	if at.Addr().Is6() {
-		family = unix.AF_INET6
-	}
-	if len(s.behind(family)) == 0 {
-		return true
-	}
-	return !look([]string{"nat"}, func(r *ruleset.Ruleset) (certain bool) {
-		for _, proto := range []byte{unix.IPPROTO_UDP, unix.IPPROTO_TCP} {
-			query := ruleset.Packet{Proto: proto, Dst: at.Addr(), DstPort: at.Port(), State: ruleset.StateNew}
-			for _, res := range r.Through(query, unix.NF_INET_LOCAL_OUT, "nat") {
-				if res.Translated {
-					return false
-				}
-			}
-		}
-		return true
-	})
 }
 
 // dropped says where this node's own firewall drops every query to a server, or "".
