@@ -24,10 +24,12 @@ var (
 	attemptFailures = counter("attempt_failures_total", "Counter of attempts to get an answer that an upstream did not give, most of which another attempt has got.", "to", "reason")
 	askedAgain      = counter("asked_again_total", "Counter of queries for which a second server or connection was asked, as the first was late or had failed.", "reason")
 	failures        = counter("failures_total", "Counter of queries that no upstream has answered in time, and that got SERVFAIL or REFUSED.", "reason")
-	probeFailures   = counter("probe_failures_total", "Counter of probes of an upstream that got no answer.", "to")
-	serverUp        = newHealth("server_up", "Gauge that is 0 while an upstream does not answer, and else 1.", "to")
-	serverTCP       = newHealth("server_tcp", "Gauge that is 0 while an upstream answers over UDP but not over TCP, and else 1.", "to")
-	fileServers     = newCount("file_servers", "Gauge of the nameservers that a file names and that can be asked.", "file")
+	gathered        = promauto.NewCounter(prometheus.CounterOpts{Namespace: plugin.Namespace, Subsystem: directive, Name: "gathered_total",
+		Help: "Counter of queries that got what came of the same question of another client, which was under way already."})
+	probeFailures = counter("probe_failures_total", "Counter of probes of an upstream that got no answer.", "to")
+	serverUp      = newHealth("server_up", "Gauge that is 0 while an upstream does not answer, and else 1.", "to")
+	serverTCP     = newHealth("server_tcp", "Gauge that is 0 while an upstream answers over UDP but not over TCP, and else 1.", "to")
+	fileServers   = newCount("file_servers", "Gauge of the nameservers that a file names and that can be asked.", "file")
 )
 
 func gauge(name, help, label string) *prometheus.GaugeVec {

@@ -96,7 +96,7 @@ func parseOne(c *caddy.Controller) (*Upstream, error) {
 		}
 	}
 	u := &Upstream{from: from[0], opts: o, tell: tell, servers: &servers{opts: o, tell: tell}}
-	u.slots.limit = o.maxConcurrent
+	u.slots.limit, u.same.limit = o.maxConcurrent, o.maxConcurrent
 	u.hedges.tenths.Store(mostTenths / 2)
 	for _, text := range args[1:] {
 		t, err := readTarget(text)

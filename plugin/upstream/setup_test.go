@@ -54,10 +54,14 @@ func TestReadmeHasTheMetrics(t *testing.T) {
 	}
 	ch := make(chan *prometheus.Desc, 8)
 	n := 0
-	for _, c := range []prometheus.Collector{requestDuration, attemptFailures, askedAgain, failures, probeFailures, serverUp, serverTCP, fileServers} {
+	for _, c := range []prometheus.Collector{requestDuration, attemptFailures, askedAgain, failures, gathered, probeFailures, serverUp, serverTCP, fileServers} {
 		c.Describe(ch)
 		parts := strings.Split((<-ch).String(), `"`)
-		if line := "* `" + parts[1] + "{"; !strings.Contains(string(text), line) || !strings.Contains(string(text), "}` - "+parts[3]) {
+		labels := "{"
+		if c == prometheus.Collector(gathered) {
+			labels = "` - "
+		}
+		if line := "* `" + parts[1] + labels; !strings.Contains(string(text), line) || !strings.Contains(string(text), "` - "+parts[3]) {
 			t.Errorf("the README lacks %s: %s", parts[1], parts[3])
 		}
 		n++

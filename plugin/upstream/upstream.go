@@ -4,8 +4,9 @@
 // servers are silent take no place from the others; and the servers that a file such as
 // /etc/resolv.conf names are those that it names now.
 //
-// setup.go reads the directive. A query takes a place (slots.go), is asked for in a race of attempts
-// (race.go, outcome.go, query.go) over connections (conn.go, quick.go) to servers of which it is known how they do
+// setup.go reads the directive. A query that nobody else waits for already (gather.go) takes a place
+// (slots.go), is asked for in a race of attempts (race.go, outcome.go, query.go) over connections
+// (conn.go, quick.go) to servers of which it is known how they do
 // (server.go). servers.go has which those are, and follows files; left.go closes those of a reload that
 // has failed.
 package upstream
@@ -54,6 +55,7 @@ type Upstream struct {
 
 	from    string
 	opts    *options
+	same    gathering
 	slots   slots
 	hedges  budget
 	tell    *teller
@@ -107,25 +109,31 @@ var errUnpackable = errors.New("the query can't be sent on")
 
 // answer gets an answer from one of the servers.
 func (u *Upstream) answer(ctx context.Context, state *request.Request) (*dns.Msg, error) {
-	list := u.servers.now()
-	if len(list.all) == 0 {
-		return nil, u.servers.why()
-	}
-	c := &race{u: u, changed: list.over} // with all that a query takes: one allocation
+	c := &race{u: u} // with all that a query takes: one allocation
 	if err := c.q.begin(ctx, state.Req, state.Proto() == "udp", max(state.Size(), leastLen), u.opts.patience); err != nil {
 		return nil, errors.Join(errUnpackable, err)
 	}
-	c.runners = u.order(list.all, c.lone[:0])
+	m, by, err := u.once(ctx, c)
+	if m != nil && by != nil {
+		metadata.SetValueFunc(ctx, "upstream/server", by.isName)
+	}
+	return m, err
+}
+
+// ask runs the race. It also returns the server that has answered.
+func (u *Upstream) ask(c *race) (*dns.Msg, *server, error) {
+	list := u.servers.now()
+	if len(list.all) == 0 {
+		return nil, nil, u.servers.why()
+	}
+	c.changed, c.runners = list.over, u.order(list.all, c.lone[:0])
 	if err := u.slots.enter(&c.q); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	defer u.slots.leave(&c.q)
 	u.hedges.earn()
 	m, err := c.run()
-	if m != nil && c.answered != nil {
-		metadata.SetValueFunc(ctx, "upstream/server", c.answered.isName)
-	}
-	return m, err
+	return m, c.answered, err
 }
 
 // order returns the servers in the order in which they are to be asked. A lone one is put into room.
