@@ -112,6 +112,6 @@ func follow(service string, from, to netip.Addr) {
 	}
 	log.Warningf("the Service %s is at %s now, where its DNS answers, and not at %s any more: reloading with %s=%s", service, to, from, strings.Join(variables, ", "), to)
 	if err := syscall.Kill(os.Getpid(), syscall.SIGUSR1); err != nil {
-		log.Errorf("reloading: %v", err)
+		log.Errorf("following the Service %s to %s: %v", service, to, err)
 	}
 }
