@@ -244,7 +244,7 @@ func makeCgroups(name string) ([]string, error) {
 		return []string{dir}, nil
 	}
 	var dirs []string
-	for _, controller := range []string{"cpu", "cpuacct", "cpuset", "memory", "devices", "freezer", "blkio", "pids", "systemd"} {
+	for _, controller := range []string{"cpu", "cpuacct", "cpuset", "memory", "devices", "freezer", "blkio", "pids", "systemd", "unified"} {
 		parent := filepath.Join(root, controller)
 		if _, err := os.Stat(parent); errors.Is(err, fs.ErrNotExist) {
 			continue
