@@ -1,7 +1,10 @@
 package doctor
 
 import (
+	"cmp"
+	"net"
 	"net/netip"
+	"slices"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -10,12 +13,14 @@ import (
 	"github.com/contentful-labs/coredns-nodecache/internal/ruleset"
 )
 
-// mostPods bounds the links that are looked at.
-const mostPods = 32
+// mostPods bounds the links that are looked at; nodes have fewer. Of a node that has more nothing
+// is said, since those that are left out may be served.
+const mostPods = 512
 
 // podLinks returns the links by which pods of this node ask, with the pods' addresses, for IPv4
 // (true) and IPv6: bridges with pods on them, and veth links with a route to what is behind them.
-// One pod alone is left out, since what drops its queries may be a policy for that pod.
+// One pod alone is left out, since what drops its queries may be a policy for that pod; and all are
+// where others ask in ways that can't be seen here, as with Cilium and Open vSwitch.
 func podLinks() map[bool][]ruleset.Link {
 	links, err := nodelinks.Dumped(netlink.LinkList)
 	if err != nil {
@@ -30,7 +35,7 @@ func podLinks() map[bool][]ruleset.Link {
 	found := map[bool][]ruleset.Link{}
 	for is4, family := range map[bool]int{true: netlink.FAMILY_V4, false: netlink.FAMILY_V6} {
 		behind, uplinks := routes(family)
-		pods := 0
+		pods, seen := 0, map[int]bool{}
 		for _, l := range links {
 			a := l.Attrs()
 			switch {
@@ -43,13 +48,17 @@ func podLinks() map[bool][]ruleset.Link {
 			default:
 				continue
 			}
+			seen[a.Index] = true
 			for _, peers := range behind[a.Index] {
-				if len(found[is4]) < mostPods {
-					found[is4] = append(found[is4], ruleset.Link{Name: a.Name, Index: a.Index, Peers: peers})
-				}
+				found[is4] = append(found[is4], ruleset.Link{Name: a.Name, Index: a.Index, Peers: peers})
 			}
 		}
-		if pods < 2 {
+		hidden := slices.ContainsFunc(links, func(l netlink.Link) bool {
+			a := l.Attrs()
+			elsewhere := l.Type() == "veth" && a.NetNsID >= 0 // its other end is
+			return elsewhere && a.Flags&net.FlagUp != 0 && !uplinks[a.Index] && !seen[cmp.Or(a.MasterIndex, a.Index)]
+		})
+		if pods < 2 || hidden || len(found[is4]) > mostPods {
 			delete(found, is4)
 		}
 	}
