@@ -22,7 +22,8 @@ type gathering struct {
 
 // asked is a query that is under way, and what has become of it.
 type asked struct {
-	over chan struct{} // nil: nobody waits
+	over    chan struct{} // nil: nobody waits
+	waiting int
 
 	m    *dns.Msg // nobody changes it
 	by   *server
@@ -49,7 +50,8 @@ func (q *query) key() string {
 }
 
 // join returns a query that is under way for the same. If it is the first, the caller asks and then
-// calls end. It returns nil where too many wait.
+// calls end. It returns nil where too many wait: then the caller asks alone, but for a question that
+// half of them wait for.
 func (g *gathering) join(key string) (a *asked, first bool) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -62,9 +64,10 @@ func (g *gathering) join(key string) (a *asked, first bool) {
 		return a, true
 	}
 	if g.limit > 0 && g.waiting >= g.limit {
-		return nil, false
+		return nil, a.waiting < g.limit/2
 	}
 	g.waiting++
+	a.waiting++
 	if a.over == nil {
 		a.over = make(chan struct{})
 	}
@@ -93,6 +96,7 @@ func (g *gathering) wait(ctx context.Context, a *asked, q *query) error {
 		g.mu.Lock()
 		defer g.mu.Unlock()
 		g.waiting--
+		a.waiting--
 	}()
 	select {
 	case <-a.over:
@@ -110,6 +114,9 @@ func (u *Upstream) once(ctx context.Context, c *race) (m *dns.Msg, by *server, e
 	key := q.key()
 	for {
 		a, first := u.same.join(key)
+		if a == nil && first {
+			return u.ask(c)
+		}
 		if first {
 			began := time.Now()
 			err = errDone // where it panics

@@ -155,3 +155,32 @@ func TestAsksForEachWhatIsNotForAll(t *testing.T) {
 		}
 	}
 }
+
+// Those who wait for a name whose servers are silent keep nobody from waiting for another one.
+func TestSilentNameKeepsNobodyWaiting(t *testing.T) {
+	f := serve(t, true, nil)
+	f.is(func(w dns.ResponseWriter, r *dns.Msg) {
+		if r.Question[0].Name != "dead.test." {
+			time.Sleep(100 * time.Millisecond)
+			answerWith("192.0.2.1")(w, r)
+		}
+	})
+	u := start(t, "upstream . "+f.at+" {\nmax_concurrent 20\n}")
+	over := make(chan bool)
+	go func() {
+		together(u, 21, func() bool { return f.udp.Load() > 0 }, "dead.test.")
+		close(over)
+	}()
+	for full := false; !full; time.Sleep(time.Millisecond) {
+		u.same.mu.Lock()
+		full = u.same.waiting == 20
+		u.same.mu.Unlock()
+	}
+	asked := f.udp.Load()
+	for _, m := range together(u, 5, func() bool { return f.udp.Load() > asked }, "good.example.") {
+		if address1(m) != "192.0.2.1" {
+			t.Error(m)
+		}
+	}
+	<-over
+}
