@@ -73,17 +73,23 @@ func (c *race) fails(a *attempt, err error) {
 		}
 		return
 	}
-	if c.failed > mostFailed*len(c.runners) {
+	if c.failed > mostFailed*len(c.runners) && !c.heardLately() {
 		c.due = time.Time{}
 		return
 	}
 	pause := time.Duration(0)
 	if n := c.failed - len(c.runners); n > 0 {
-		pause = min(firstPause<<(n-1), longestPause)
+		pause = min(firstPause<<min(n-1, mostFailed), longestPause)
 	}
-	if at := time.Now().Add(pause); c.due.IsZero() || at.Before(c.due) {
+	// With none under way no answer can be late.
+	if at := time.Now().Add(pause); len(c.open) == 0 || c.due.IsZero() || at.Before(c.due) {
 		c.due, c.because = at, becauseFailed
 	}
+}
+
+// heardLately tells whether a server has answered anybody shortly before the query began, or since.
+func (c *race) heardLately() bool {
+	return slices.ContainsFunc(c.runners, func(r runner) bool { return r.heardSince(c.q.begun.Add(-lately)) })
 }
 
 // wantsWhole tells whether a truncated answer is not what the client gets at once. Over UDP it

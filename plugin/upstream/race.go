@@ -20,10 +20,12 @@ const (
 	quickPauses    = 3
 	// fewAttempts are made of a query whose answer is late; more where there are more servers.
 	fewAttempts = 3
-	// mostFailed is how many attempts may fail at once, with growing pauses, before the query does.
-	mostFailed   = 8
+	// mostFailed is how many attempts may fail at once, with growing pauses, before the query does,
+	// unless a server has answered lately: that one may well be back while the client still waits.
+	mostFailed   = 7
+	lately       = 30 * time.Second
 	firstPause   = 10 * time.Millisecond
-	longestPause = 200 * time.Millisecond
+	longestPause = 500 * time.Millisecond
 	// mostAttempts bounds all of them.
 	mostAttempts = 48
 	// wholeFor is how long the whole of a truncated answer is waited for.

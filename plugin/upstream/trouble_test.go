@@ -206,3 +206,52 @@ func TestDatagramSocketsDoNotGetOld(t *testing.T) {
 		t.Error("an old connection is not kept, though max_age does not say so")
 	}
 }
+
+// A lone server that is gone for a moment, and refuses meanwhile, is waited for if it has answered
+// lately. One that has not fails a query soon.
+func TestServerThatWasThereIsWaitedFor(t *testing.T) {
+	a := serve(t, false, answerWith("192.0.2.1"))
+	at, err := net.ResolveUDPAddr("udp", a.at)
+	if err != nil {
+		t.Fatal(err)
+	}
+	u := start(t, "upstream . "+a.at+" {\nprefer_udp\nmax_fails 0\n}")
+	if got := address1(ask(u, "n.example.")); got != "192.0.2.1" {
+		t.Fatal(got)
+	}
+	a.udpSrv.Shutdown()
+	server := u.servers.now().all[0]
+	c := raceFor(t, u, "m.example.")
+	done := make(chan error, 1)
+	var m *dns.Msg
+	go func() {
+		var err error
+		m, err = c.run()
+		done <- err
+	}()
+	// Longer than one waits for a server that was never there.
+	eventually(t, "it is tried again and again", func() bool {
+		server.mu.Lock()
+		defer server.mu.Unlock()
+		return time.Since(c.q.begun) > 2*time.Second || len(done) > 0
+	})
+	p, err := net.ListenUDP("udp", at)
+	if err != nil {
+		t.Fatal(err)
+	}
+	back := &dns.Server{PacketConn: p, Handler: dns.HandlerFunc(answerWith("192.0.2.2"))}
+	go back.ActivateAndServe()
+	t.Cleanup(func() { p.Close() })
+	if err := <-done; err != nil || address1(m) != "192.0.2.2" {
+		t.Errorf("after %d attempts: %v, %v", c.made, m, err)
+	}
+	back.Shutdown()
+
+	server.mu.Lock()
+	server.heard = time.Now().Add(-time.Hour)
+	server.mu.Unlock()
+	c = raceFor(t, u, "o.example.")
+	if m, err := c.run(); m != nil || err == nil || c.made > mostFailed+2 {
+		t.Errorf("gone for an hour, and after %d attempts: %v, %v", c.made, m, err)
+	}
+}
