@@ -22,8 +22,10 @@ const (
 	fewAttempts = 3
 	// mostFailed is how many attempts may fail at once, with growing pauses, before the query does,
 	// unless a server has answered lately: that one may well be back while the client still waits.
-	mostFailed   = 7
-	lately       = 30 * time.Second
+	mostFailed = 7
+	lately     = 30 * time.Second
+	// lookBack is how often a query that has been asked often enough looks whether a server is back.
+	lookBack     = 500 * time.Millisecond
 	firstPause   = 10 * time.Millisecond
 	longestPause = 500 * time.Millisecond
 	// mostAttempts bounds all of them.
@@ -251,7 +253,10 @@ func (c *race) again() {
 			c.another(becauseTruncated)
 			return
 		}
-		if !c.connecting() && c.made >= max(fewAttempts, 2*len(c.runners)) {
+		if !c.connecting() && len(c.open) >= max(fewAttempts, 2*len(c.runners)) && !c.mayBeBack() {
+			if c.heardLately() {
+				c.due = time.Now().Add(lookBack)
+			}
 			return
 		}
 		// A server that answers others is asked a second time so soon only for a few.
@@ -289,6 +294,19 @@ func (c *race) fruitless() int {
 		}
 	}
 	return max(0, len(c.open)-quickPauses*len(c.runners))
+}
+
+// mayBeBack tells whether a server was there lately and has answered nobody since it was asked
+// last, or is back since then. One that goes on to answer others is slow for this name, and
+// works on it.
+func (c *race) mayBeBack() bool {
+	a := c.latest()
+	if a == nil || !c.heardLately() {
+		return false
+	}
+	a.s.mu.Lock()
+	defer a.s.mu.Unlock()
+	return a.s.back.After(a.sent) || !a.s.heard.After(a.sent) && time.Since(a.sent) >= againAfter
 }
 
 // latest is the attempt that was begun last of those under way.

@@ -20,6 +20,9 @@ const (
 	lateLeast   = 100 * time.Millisecond
 	lateMost    = time.Second
 
+	// backAfter is how long a server gave no answer that counts as back with the next one.
+	backAfter = 500 * time.Millisecond
+
 	// probeFor is how long a probe waits for its answer.
 	probeFor = 2 * time.Second
 	// probeEveryMost is the longest pause between two probes of a server that is down.
@@ -48,6 +51,7 @@ type server struct {
 	usual   time.Duration // the smoothed time to an answer, 0: none yet
 	spread  time.Duration // the smoothed deviation from it
 	heard   time.Time     // when the last answer came
+	back    time.Time     // when one came after backAfter without
 	failed  int           // probes that got no answer, since one did
 	down    bool          // more than max_fails of them, unless that is 0
 	doubted bool          // a query got no answer, and no probe has since
@@ -98,7 +102,11 @@ func (s *server) answered(after time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.sample(after)
-	s.heard = time.Now()
+	now := time.Now()
+	if now.Sub(s.heard) > backAfter {
+		s.back = now
+	}
+	s.heard = now
 	s.doubted = false
 	s.failed = 0
 	s.isUp()

@@ -255,3 +255,27 @@ func TestServerThatWasThereIsWaitedFor(t *testing.T) {
 		t.Errorf("gone for an hour, and after %d attempts: %v, %v", c.made, m, err)
 	}
 }
+
+// Queries whose attempts got lost while a server was gone for a moment are sent again when it is back.
+func TestServerThatIsBackIsAskedAgain(t *testing.T) {
+	a := serve(t, false, answerWith("192.0.2.1"))
+	u := start(t, "upstream . "+a.at+" {\nprefer_udp\nhealth_check 1m\n}")
+	if got := address1(ask(u, "n.example.")); got != "192.0.2.1" {
+		t.Fatal(got)
+	}
+	a.is(silence)
+	had, answers := a.udp.Load(), make(chan string, 20)
+	for i := range cap(answers) {
+		go func() { answers <- address1(ask(u, fmt.Sprintf("n%d.example.", i))) }()
+	}
+	server := u.servers.now().all[0]
+	eventually(t, "each is sent as often as one whose answer is late", func() bool {
+		return a.udp.Load() >= had+int64(fewAttempts*cap(answers)) && !server.heardSince(time.Now().Add(-backAfter))
+	})
+	a.is(answerWith("192.0.2.2"))
+	for range cap(answers) {
+		if got := <-answers; got != "192.0.2.2" {
+			t.Fatal(got)
+		}
+	}
+}
