@@ -81,7 +81,8 @@ func TestFastpathRefusesWhatItCanNotDoJustice(t *testing.T) {
 		"no cache":        {strings.Replace(fastBlock("fastpath", "169.254.20.10"), "cache\n", "", 1), "fastpath needs the plugin cache"},
 		"log":             {fastBlock("fastpath", "169.254.20.10", "log"), "fastpath can't go with the plugin log"},
 		"too few entries": {fastBlock("fastpath 1", "169.254.20.10"), "fastpath 1 is out of range"},
-		"no number":       {fastBlock("fastpath many", "169.254.20.10"), "is no number of entries"},
+		"no number":       {fastBlock("fastpath many", "169.254.20.10"), `fastpath "many" is no number of entries, and not auto`},
+		"auto twice":      {fastBlock("fastpath auto auto", "169.254.20.10"), `fastpath auto "auto" is no number of entries`},
 	} {
 		t.Run(name, func(t *testing.T) {
 			coredns := newFastCoreDNS(t)

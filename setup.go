@@ -227,7 +227,10 @@ func (b *block) property(c *caddy.Controller) error {
 			break
 		}
 		n, err := strconv.Atoi(args[0])
-		if err != nil {
+		switch {
+		case err != nil && b.fast.Auto:
+			return c.Errf("fastpath auto %q is no number of entries", args[0])
+		case err != nil:
 			return c.Errf("fastpath %q is no number of entries, and not auto", args[0])
 		}
 		if n < fastpath.MinEntries || n > fastpath.MaxEntries {

@@ -34,9 +34,9 @@ func TestFastpathAuto(t *testing.T) {
 	a, err := n.asker(on(lab.LinkLocal)[0])
 	n.must(err)
 	defer a.conn.Close()
-	ask := func(zone, want string) {
+	ask := func(times int, zone, want string) {
 		n.Helper()
-		for range 10 {
+		for range times {
 			got, err := a.ask(10*time.Second, message(dns.Question{Name: "www." + zone + ".", Qtype: dns.TypeA, Qclass: 1}, func(*dns.Msg) {}))
 			n.must(err)
 			var m dns.Msg
@@ -45,27 +45,50 @@ func TestFastpathAuto(t *testing.T) {
 			}
 		}
 	}
-	hits := func(want float64) {
+	ready := func(zone, want string) {
 		n.Helper()
-		if got := n.fastNumber("coredns_nodecache_fastpath_hits_total"); got != want {
-			n.Errorf("%.0f ready answers, want %.0f", got, want)
-		}
+		n.readySoon(func() { ask(1, zone, want) })
+		n.readyAnswers(10, func() { ask(10, zone, want) })
 	}
-	ask("fast.test", "192.0.2.1")
-	ask("logged.test", "192.0.2.2")
-	ask("plain.test", "192.0.2.3")
-	hits(8)
+	ready("fast.test", "192.0.2.1")
+	n.readyAnswers(0, func() {
+		ask(10, "logged.test", "192.0.2.2")
+		ask(10, "plain.test", "192.0.2.3")
+	})
 	if !eventually(func() bool { return strings.Count(p.Log(), `"A IN www.logged.test. udp `) == 10 }) {
 		n.Errorf("not 10 lines for 10 queries:\n%s", p.Log())
 	}
 
 	// A reload that takes the obstacle away brings it, and one that brings it back takes it.
 	p.reload(autoCorefile(""))
-	ask("logged.test", "192.0.2.2")
-	hits(16)
+	ready("logged.test", "192.0.2.2")
 	p.reload(autoCorefile("    log\n"))
-	ask("logged.test", "192.0.2.2")
-	hits(16)
+	n.readyAnswers(0, func() { ask(10, "logged.test", "192.0.2.2") })
+}
+
+// readyAnswers checks how many ready answers there are while something is done.
+func (n *node) readyAnswers(want float64, do func()) {
+	n.Helper()
+	const hits = "coredns_nodecache_fastpath_hits_total"
+	before := n.fastNumber(hits)
+	do()
+	if got := n.fastNumber(hits) - before; got != want {
+		n.Errorf("%.0f ready answers, want %.0f", got, want)
+	}
+}
+
+// readySoon asks a question until its answer is a ready one, and returns how often. That is a few
+// times: the client has its answer a moment before it is kept, and may ask again before that.
+func (n *node) readySoon(ask func()) (times int) {
+	n.Helper()
+	const hits = "coredns_nodecache_fastpath_hits_total"
+	for before := n.fastNumber(hits); n.fastNumber(hits) == before; times++ {
+		if times == 30 {
+			n.Fatalf("no ready answer after asking %d times", times)
+		}
+		ask()
+	}
+	return times
 }
 
 // Where no server block allows it, CoreDNS's own sockets serve alone.
