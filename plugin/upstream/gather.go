@@ -29,15 +29,30 @@ type asked struct {
 	by   *server
 	err  error
 	took time.Duration
+	cut  cut
 }
+
+// A cut is why a race has ended before it was known what comes of it.
+type cut int
+
+const (
+	uncut cut = iota
+	gone      // who has asked does not wait any more
+	late      // his patience is over
+)
 
 const (
 	// longTry is how long a try has to have lasted for one of those who have waited for it to try
 	// again: what fails at once fails for all of them.
 	longTry = time.Second
-	// longLeft is what has to be left of his patience.
+	// longLeft is what has to be left of his patience, or a quarter where that is less.
 	longLeft = time.Second
 )
+
+// isLeft tells whether enough is left of a query's patience to ask once more.
+func (q *query) isLeft() bool {
+	return time.Until(q.deadline) >= min(longLeft, q.deadline.Sub(q.came)/4)
+}
 
 // key is the query but for its id, and the way that it has come: who asks with other flags or
 // options, for a larger answer or in other letters, may get another answer.
@@ -75,14 +90,15 @@ func (g *gathering) join(key string) (a *asked, first bool) {
 }
 
 // end tells those who wait what has come of it.
-func (g *gathering) end(key string, a *asked, m *dns.Msg, by *server, err error, took time.Duration) {
+func (g *gathering) end(key string, a *asked, m *dns.Msg, by *server, err error, c *race) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	delete(g.asked, key)
 	if a.over == nil {
 		return
 	}
-	if a.by, a.err, a.took = by, err, took; m != nil {
+	a.by, a.err, a.took, a.cut = by, err, time.Since(c.q.begun), c.cut
+	if m != nil {
 		a.m = m.Copy() // the plugins that m goes to may change it
 	}
 	close(a.over)
@@ -100,6 +116,7 @@ func (g *gathering) wait(ctx context.Context, a *asked, q *query) error {
 	}()
 	select {
 	case <-a.over:
+		q.begun = time.Now() // what it asks itself from here on: slots are not to take it for an old one
 		return nil
 	case <-late.C:
 		return errPatience
@@ -118,9 +135,8 @@ func (u *Upstream) once(ctx context.Context, c *race) (m *dns.Msg, by *server, e
 			return u.ask(c)
 		}
 		if first {
-			began := time.Now()
 			err = errDone // where it panics
-			defer func() { u.same.end(key, a, m, by, err, time.Since(began)) }()
+			defer func() { u.same.end(key, a, m, by, err, c) }()
 			return u.ask(c)
 		}
 		if a == nil {
@@ -130,6 +146,7 @@ func (u *Upstream) once(ctx context.Context, c *race) (m *dns.Msg, by *server, e
 			return nil, nil, err
 		}
 		switch {
+		case a.cut == gone: // one of those who wait goes on, whatever was known so far
 		case a.m != nil && isForOne(a.m):
 			return u.ask(c)
 		case a.m != nil:
@@ -137,11 +154,10 @@ func (u *Upstream) once(ctx context.Context, c *race) (m *dns.Msg, by *server, e
 			m = a.m.Copy()
 			m.Id = q.request.Id
 			return m, a.by, nil
-		case a.took < longTry || time.Until(q.deadline) < longLeft || errors.Is(a.err, errCrowded):
+		case !q.isLeft() || a.cut == uncut && (a.took < longTry || errors.Is(a.err, errCrowded)):
 			gathered.Inc()
 			return nil, nil, a.err
 		}
-		// The other one's patience is over.
 	}
 }
 

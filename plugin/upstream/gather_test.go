@@ -1,6 +1,7 @@
 package upstream
 
 import (
+	"context"
 	"fmt"
 	"net"
 	"sync"
@@ -8,6 +9,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/coredns/coredns/plugin/pkg/dnstest"
+	ctest "github.com/coredns/coredns/plugin/test"
 	"github.com/miekg/dns"
 )
 
@@ -183,4 +186,111 @@ func TestSilentNameKeepsNobodyWaiting(t *testing.T) {
 		}
 	}
 	<-over
+}
+
+// behind has the first of some clients, who asks with a context, be joined by so many others, and
+// returns what these get once the server has been told to go on, and what the first one gets.
+func behind(t *testing.T, ctx context.Context, u *Upstream, f *fake, others int, then func()) (first *dns.Msg, answers []*dns.Msg) {
+	t.Helper()
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		rec := dnstest.NewRecorder(&ctest.ResponseWriter{})
+		u.ServeDNS(ctx, rec, new(dns.Msg).SetQuestion("n.example.", dns.TypeA))
+		first = rec.Msg
+	})
+	eventually(t, "the first one asks", func() bool { return f.udp.Load() > 0 })
+	answers = make([]*dns.Msg, others)
+	for i := range answers {
+		wg.Go(func() { answers[i] = ask(u, "n.example.") })
+	}
+	eventually(t, "the others wait", func() bool {
+		u.same.mu.Lock()
+		defer u.same.mu.Unlock()
+		return u.same.waiting == others
+	})
+	then()
+	wg.Wait()
+	return first, answers
+}
+
+// Who hangs up takes nobody's answer away: another one of those who wait asks, and one alone.
+func TestOthersOutliveTheFirst(t *testing.T) {
+	for name, silent := range map[string]bool{"that is silent": true, "that fails": false} {
+		t.Run(name, func(t *testing.T) {
+			f := serve(t, true, silence)
+			u := start(t, "upstream . "+f.at+" {\npatience 30s\n}")
+			ctx, hangUp := context.WithCancel(t.Context())
+			var before int64
+			first, answers := behind(t, ctx, u, f, 20, func() {
+				before = f.udp.Load()
+				f.is(answerWith("192.0.2.1"))
+				if !silent {
+					f.is(code(dns.RcodeServerFailure))
+				}
+				hangUp()
+			})
+			for _, m := range answers {
+				if want := map[bool]int{true: dns.RcodeSuccess, false: dns.RcodeServerFailure}[silent]; m.Rcode != want || silent && address1(m) != "192.0.2.1" {
+					t.Fatal(m)
+				}
+			}
+			if first != nil {
+				t.Errorf("for who has hung up something is written that others may be given: %v", first)
+			}
+			if n := f.udp.Load() - before; n < 1 || n > 2*fewAttempts { // the first one may ask again before it hangs up
+				t.Errorf("for the others the server was asked %d times", n)
+			}
+		})
+	}
+}
+
+// One whose time is short, as by the plugin cancel, does not make it short for the others.
+func TestShortPatienceIsOnesOwn(t *testing.T) {
+	f := serve(t, true, silence)
+	u := start(t, "upstream . "+f.at+" {\npatience 30s\n}")
+	ctx, cancel := context.WithTimeout(t.Context(), 800*time.Millisecond)
+	defer cancel()
+	_, answers := behind(t, ctx, u, f, 20, func() {
+		<-ctx.Done()
+		f.is(answerWith("192.0.2.1"))
+	})
+	for _, m := range answers {
+		if address1(m) != "192.0.2.1" {
+			t.Fatal(m)
+		}
+	}
+}
+
+// Who has waited for an answer that was for another one alone is new among those who wait for
+// servers, so that he is not the first to make room; his patience counts from when he came.
+func TestIsNewWhereItAsksItself(t *testing.T) {
+	f := serve(t, true, silence)
+	u := start(t, "upstream . "+f.at+" {\npatience 30s\n}")
+	hold := make(chan bool)
+	f.is(func(w dns.ResponseWriter, r *dns.Msg) {
+		<-hold
+		m := new(dns.Msg).SetReply(r)
+		m.Answer = []dns.RR{&dns.A{Hdr: dns.RR_Header{Name: r.Question[0].Name, Rrtype: dns.TypeA, Class: dns.ClassINET}, A: net.IPv4(192, 0, 2, 1)}}
+		w.WriteMsg(m)
+	})
+	came := time.Now()
+	var let time.Time
+	behind(t, t.Context(), u, f, 1, func() {
+		f.is(silence)
+		let = time.Now()
+		close(hold)
+		eventually(t, "the other one asks", func() bool {
+			u.slots.mu.Lock()
+			defer u.slots.mu.Unlock()
+			q := u.slots.first
+			if q == nil || q != u.slots.last || q.begun.Before(let) {
+				return false
+			}
+			if late := q.deadline.Sub(let); late >= 30*time.Second || q.deadline.Before(came.Add(30*time.Second)) {
+				t.Errorf("patience is over in %s", late)
+			}
+			return true
+		})
+		f.is(answerWith("192.0.2.1"))
+	})
 }

@@ -20,7 +20,8 @@ type query struct {
 	given    bool   // to the first attempt, whose id it has
 	size     int    // how long an answer over UDP may be
 	udp      bool   // it has come over UDP
-	begun    time.Time
+	came     time.Time
+	begun    time.Time // when it was first asked for itself, and not waited for with another one
 	deadline time.Time
 	ctx      context.Context // of dials
 	cancel   context.CancelFunc
@@ -48,8 +49,8 @@ func (q *query) begin(ctx context.Context, r *dns.Msg, udp bool, size int, patie
 		return err
 	}
 	q.request, q.size, q.udp, q.ctx = r, size, udp, ctx
-	q.begun = time.Now()
-	q.deadline = q.begun.Add(patience)
+	q.came = time.Now()
+	q.begun, q.deadline = q.came, q.came.Add(patience)
 	if d, ok := ctx.Deadline(); ok && d.Before(q.deadline) {
 		q.deadline = d
 	}

@@ -66,6 +66,7 @@ type race struct {
 	partial bool     // it is truncated, else it is a failure
 	whole   time.Time
 	err     error
+	cut     cut
 
 	answered *server // whose answer it is
 }
@@ -221,10 +222,18 @@ func (c *race) end() (*dns.Msg, error) {
 	for _, a := range c.open {
 		c.isLate(a)
 	}
+	why := c.q.over()
+	switch {
+	case why != nil: // by somebody else
+	case !time.Now().Before(c.q.deadline):
+		c.cut = late
+	case c.q.ctx.Err() != nil:
+		c.cut = gone
+	}
 	if c.best != nil {
 		return c.best, nil
 	}
-	if why := c.q.over(); why != nil {
+	if why != nil {
 		return nil, why
 	}
 	if c.err == nil {

@@ -80,6 +80,9 @@ func (u *Upstream) ServeDNS(ctx context.Context, w dns.ResponseWriter, r *dns.Ms
 		return dns.RcodeSuccess, nil
 	case errors.Is(err, errUnpackable):
 		return dns.RcodeFormatError, err
+	case errors.Is(ctx.Err(), context.Canceled):
+		// Nobody waits any more, and what is not written nobody remembers for the next client.
+		return dns.RcodeServerFailure, nil
 	}
 	why := reason(err)
 	failures.WithLabelValues(why).Inc()
