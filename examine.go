@@ -83,7 +83,7 @@ func (n *node) askItself(s doctor.Site) []string {
 func (n *node) recheck() {
 	if cfg := n.life.InForce; cfg != nil && !n.exited() {
 		s := n.site(cfg)
-		s.Upstreams = doctor.OfServices(s.Upstreams)
+		s.Upstreams = s.OfServices()
 		go n.doctor.Recheck(s, doctor.ForeignRuleFirst, ownQueryLost, doctor.UpstreamServiceGone)
 	}
 }

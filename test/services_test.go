@@ -109,6 +109,18 @@ func TestFollowsService(t *testing.T) {
 			if reloads := strings.Count(p.Log(), "Reloading complete"); reloads != 3 {
 				n.Errorf("it has reloaded %d times, want 3", reloads)
 			}
+
+			// A move that can't be followed, as the Corefile has become a bad one, is told for as long.
+			n.must(p.Configure("bad {\n"))
+			mark = p.Mark()
+			n.serviceRules(c.mode, "D", ours, "10.96.0.14")
+			n.serviceRules(c.mode, "A", ours, "10.96.0.15")
+			n.must(p.WaitLog(mark, "reloading with KUBE_DNS_UPSTREAM_SERVICE_HOST=10.96.0.15"))
+			n.shows("127.0.0.1:9253", map[string]float64{fault: 1})
+			n.has(p.Log()[mark:], "the reload that is to ask the Service at its new address is not in force")
+			p.reload(corefile + "# mended\n")
+			n.shows("127.0.0.1:9253", map[string]float64{fault: 0})
+			n.run(lab.Load{From: n.Pod, Proto: "udp", To: on(lab.ClusterIP), Names: lab.Misses, Tag: "mended", Count: 20}, false)
 		})
 	}
 }

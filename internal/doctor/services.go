@@ -2,6 +2,7 @@ package doctor
 
 import (
 	"fmt"
+	"maps"
 	"net/netip"
 	"os"
 	"slices"
@@ -21,12 +22,15 @@ const UpstreamServiceGone = "upstream_service_gone"
 type Services struct {
 	mu    sync.Mutex
 	names map[netip.Addr]string // namespace/name
+	left  map[netip.Addr]string // those that are elsewhere, and have another address in the variables
 }
 
 // OfServices returns those upstreams of which Kubernetes has told this process the address.
-func OfServices(all []Upstream) []Upstream {
-	return slices.DeleteFunc(slices.Clone(all), func(u Upstream) bool {
-		return !slices.ContainsFunc(u.Servers, func(at netip.AddrPort) bool { return len(VariablesOf(at.Addr())) > 0 })
+func (s Site) OfServices() []Upstream {
+	return slices.DeleteFunc(slices.Clone(s.Upstreams), func(u Upstream) bool {
+		return !slices.ContainsFunc(u.Servers, func(at netip.AddrPort) bool {
+			return len(VariablesOf(at.Addr())) > 0 || s.Services.hasLeft(at.Addr()) != ""
+		})
 	})
 }
 
@@ -48,11 +52,19 @@ func VariablesOf(a netip.Addr) (names []string) {
 // and answers, it says so instead.
 func upstreamServiceGone(s Site) (found []string) {
 	all := s.asked()
+	s.Services.keep(s.Upstreams)
 	for _, u := range s.Upstreams {
 		for _, at := range u.Servers {
 			names := VariablesOf(at.Addr())
 			a, asked := all[at]
-			if len(names) == 0 || !asked {
+			left := s.Services.hasLeft(at.Addr())
+			if !asked || len(names) == 0 && left == "" {
+				continue
+			}
+			if len(names) == 0 {
+				if a.udp != nil && a.tcp != nil {
+					found = append(found, fmt.Sprintf("the upstream %s (%s) was the address of the Service %s when this process started, and nothing answers there any more: the reload that is to ask the Service at its new address is not in force: see in the log why it has failed; it is tried again", at.Addr(), u, left))
+				}
 				continue
 			}
 			if a.udp == nil || a.tcp == nil {
@@ -64,6 +76,7 @@ func upstreamServiceGone(s Site) (found []string) {
 			}
 			service, to := s.Services.now(at.Addr())
 			if to.IsValid() && answersAt(netip.AddrPortFrom(to, at.Port()), u) {
+				s.Services.leave(at.Addr(), to, service)
 				s.Moved(service, at.Addr(), to)
 				continue
 			}
@@ -102,6 +115,42 @@ func (k *Services) learn(a netip.Addr) {
 			k.names[a] = name
 		}
 	}
+}
+
+// leave notes that a Service is followed from one address, which is asked until a reload is in
+// force, to another.
+func (k *Services) leave(from, to netip.Addr, service string) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.left == nil {
+		k.left = map[netip.Addr]string{}
+	}
+	k.left[from] = service
+	if k.names == nil {
+		k.names = map[netip.Addr]string{}
+	}
+	k.names[to] = service
+}
+
+// keep forgets what has been left and is asked no more.
+func (k *Services) keep(asked []Upstream) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	maps.DeleteFunc(k.left, func(a netip.Addr, _ string) bool {
+		return !slices.ContainsFunc(asked, func(u Upstream) bool {
+			return slices.ContainsFunc(u.Servers, func(at netip.AddrPort) bool { return at.Addr() == a })
+		})
+	})
+}
+
+// hasLeft returns the Service that has been followed away from an address, or "".
+func (k *Services) hasLeft(a netip.Addr) string {
+	if k == nil {
+		return ""
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.left[a]
 }
 
 // now returns the Service that has had an address, and the one of the same family that it has

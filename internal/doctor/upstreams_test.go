@@ -55,3 +55,32 @@ func TestServers(t *testing.T) {
 		}
 	}
 }
+
+// A Service that is followed is a fault for as long as its old address is asked all the same.
+func TestUpstreamServiceIsLeft(t *testing.T) {
+	at := netip.MustParseAddrPort("192.0.2.1:53")
+	s := Site{Services: &Services{}, Upstreams: []Upstream{{At: "Corefile:7", Plugin: "upstream", Zone: ".", Servers: []netip.AddrPort{at}}}}
+	silent := answers{udp: os.ErrDeadlineExceeded, tcp: os.ErrDeadlineExceeded}
+	gone := func(a answers) string {
+		s.askOnce = func() map[netip.AddrPort]answers { return map[netip.AddrPort]answers{at: a} }
+		return strings.Join(upstreamServiceGone(s), "\n")
+	}
+	if got := gone(silent); got != "" || len(s.OfServices()) != 0 {
+		t.Errorf("of what has never been a Service: %q", got)
+	}
+	s.Services.leave(at.Addr(), netip.MustParseAddr("192.0.2.2"), "kube-system/kube-dns-upstream")
+	if got := gone(silent); !strings.Contains(got, "Service kube-system/kube-dns-upstream when this process started") || len(s.OfServices()) != 1 {
+		t.Errorf("after it has left: %q", got)
+	}
+	if got := gone(answers{}); got != "" {
+		t.Errorf("while it answers: %q", got)
+	}
+	// A reload has come in force, and a later one asks the same address again.
+	all := s.Upstreams
+	s.Upstreams = nil
+	gone(silent)
+	s.Upstreams = all
+	if got := gone(silent); got != "" {
+		t.Errorf("after it was asked no more: %q", got)
+	}
+}
