@@ -134,6 +134,9 @@ func (k *Services) leave(from, to netip.Addr, service string) {
 
 // keep forgets what has been left and is asked no more.
 func (k *Services) keep(asked []Upstream) {
+	if k == nil {
+		return
+	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	maps.DeleteFunc(k.left, func(a netip.Addr, _ string) bool {
