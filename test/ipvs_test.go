@@ -91,7 +91,12 @@ func TestIPVSOverlay(t *testing.T) {
 				running[i].exit(syscall.SIGTERM)
 				n.quiet(running[i].Log())
 			}
-			if now, err := n.IPVSConnections(lab.UpstreamIP); err != nil || now <= had {
+			// The kernel adds up what its CPUs have counted every two seconds.
+			var now int
+			if !eventually(func() bool {
+				now, err = n.IPVSConnections(lab.UpstreamIP)
+				return err != nil || now > had
+			}) || err != nil {
 				n.Errorf("the virtual service of the upstream has had %d connections, and %d before (%v)", now, had, err)
 			}
 			n.same("after the exit", before, n.snapshot())
