@@ -313,9 +313,7 @@ func (c *race) mayBeBack() bool {
 	if a == nil || !c.heardLately() {
 		return false
 	}
-	a.s.mu.Lock()
-	defer a.s.mu.Unlock()
-	return a.s.back.After(a.sent) || !a.s.heard.After(a.sent) && time.Since(a.sent) >= againAfter
+	return a.s.backSince(a.sent) || !a.s.heardSince(a.sent) && time.Since(a.sent) >= againAfter
 }
 
 // latest is the attempt that was begun last of those under way.

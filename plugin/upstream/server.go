@@ -240,6 +240,13 @@ func (s *server) heardSince(t time.Time) bool {
 	return s.heard.After(t)
 }
 
+// backSince tells whether it has begun to answer again since then.
+func (s *server) backSince(t time.Time) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.back.After(t)
+}
+
 // hasTCP tells whether TCP gets through to it, as far as is known and not just being asked.
 func (s *server) hasTCP() bool {
 	s.mu.Lock()
