@@ -29,9 +29,14 @@ type Services struct {
 func (s Site) OfServices() []Upstream {
 	return slices.DeleteFunc(slices.Clone(s.Upstreams), func(u Upstream) bool {
 		return !slices.ContainsFunc(u.Servers, func(at netip.AddrPort) bool {
-			return len(VariablesOf(at.Addr())) > 0 || s.Services.hasLeft(at.Addr()) != ""
+			return s.ofService(at.Addr())
 		})
 	})
+}
+
+// ofService tells whether Kubernetes has told this process an address as that of a Service.
+func (s Site) ofService(a netip.Addr) bool {
+	return len(VariablesOf(a)) > 0 || s.Services.hasLeft(a) != ""
 }
 
 // VariablesOf returns the variables by which Kubernetes has given a Service's address to this

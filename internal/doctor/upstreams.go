@@ -147,7 +147,7 @@ func upstreamSilent(s Site) (found []string) {
 			case a.tcp == nil:
 				found = append(found, fmt.Sprintf("the upstream %s (%s) answers over TCP and not over UDP (%v)%s: let UDP to port %d pass, or ask it over TCP alone (force_tcp)", at, u, a.udp, s.dropped("udp", at), at.Port()))
 			default:
-				if len(VariablesOf(at.Addr())) == 0 && s.Services.hasLeft(at.Addr()) == "" || s.leadsOn(at) {
+				if !s.ofService(at.Addr()) || s.leadsOn(at) {
 					found = append(found, fmt.Sprintf("no DNS server answers at the upstream %s (%s), over UDP (%v) or TCP (%v)%s: what the cache does not know can't be answered: look whether that server runs, and whether this node reaches it", at, u, a.udp, a.tcp, s.dropped("udp", at)))
 				}
 			}
